@@ -1,0 +1,187 @@
+"""What "right" means, in one place: devices, dtypes, tolerances and cases, for tests, benchmarks and `dlkernels check`.
+
+The rule: against a float64 result on the very same (already rounded) inputs, our error may be at most a small factor
+times the error that torch makes in the same dtype, plus a floor for the cases where torch happens to be exact.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def devices() -> list:
+    """Names of the devices of this machine that kernels can run on: "cpu", and "cuda" when there is one."""
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+# ---- tolerances -----------------------------------------------------------------------------------
+
+
+class Tolerance(NamedTuple):
+    factor: float  # times torch's own error, for outputs
+    gradient_factor: float  # times torch's own error, for gradients
+    floor: float  # relative Frobenius norm that is always allowed
+
+
+TOLERANCES = {
+    # The yardstick itself is float64, so torch's own error may come out as 0: a few tens of roundings of 1.1e-16.
+    torch.float64: Tolerance(2.0, 3.0, 5e-15),
+    # Two sums of the same numbers in another order differ by a factor of about sqrt(2); gradients sum over more terms
+    # (weight: every pixel of the batch). The floor is three roundings of 6e-8, for sums too short for statistics.
+    torch.float32: Tolerance(2.0, 3.0, 2e-7),
+    # Sums are in float32, so nearly all of the error is the one rounding at the end (at most 3.9e-3), the same for
+    # both. A quarter of that rounding is the floor: in a tensor of few elements torch may be lucky.
+    torch.bfloat16: Tolerance(2.0, 3.0, 1e-3),
+    # As bfloat16, with a rounding of 4.9e-4.
+    torch.float16: Tolerance(2.0, 3.0, 1.2e-4),
+}
+
+
+def relative_error(a, exact) -> float:
+    """Relative Frobenius norm ||a - exact|| / ||exact||, in float64; ||a|| where exact is 0; inf for NaN."""
+    a, exact = a.detach().cpu().double(), exact.detach().cpu().double()
+    size = torch.linalg.vector_norm(exact).item()
+    error = torch.linalg.vector_norm(a - exact).item() / (size or 1.0)
+    return math.inf if math.isnan(error) else error
+
+
+def compare(ours, theirs, exact, dtype, gradient=False, name="output") -> None:
+    """Asserts that `ours` is as close to `exact` (float64) as `theirs`, torch's own result, allows for this dtype.
+
+    Args:
+        ours, theirs: results in `dtype`, of the same shape.
+        exact: float64 result for the same inputs.
+        gradient: whether this is a gradient, which TOLERANCES allows a larger factor.
+        name: of the tensor, for the message.
+
+    Raises:
+        AssertionError: another shape or dtype; NaN or infinity in other places or of another kind than `exact` rounded
+            to `dtype`; an error above the bound. The message names the tensor, both errors and the bound.
+    """
+    for who, tensor, expected in (("ours", ours, dtype), ("theirs", theirs, dtype), ("exact", exact, torch.float64)):
+        assert tensor.dtype == expected, f"{name}: {who} is {tensor.dtype}, expected {expected}"
+        assert tensor.shape == exact.shape, f"{name}: {who} has shape {list(tensor.shape)}, not {list(exact.shape)}"
+    ours, theirs, exact = (tensor.detach().cpu() for tensor in (ours, theirs, exact))
+    _check_non_finite(ours, exact.to(dtype), name)
+    finite = exact.to(dtype).isfinite()
+    usable = finite & theirs.isfinite()
+    error = relative_error(ours[finite], exact[finite])
+    torch_error = relative_error(theirs[usable], exact[usable])
+    tolerance = TOLERANCES[dtype]
+    factor = tolerance.gradient_factor if gradient else tolerance.factor
+    bound = factor * torch_error + tolerance.floor
+    assert error <= bound, (
+        f"{name}: relative error {error:.3g} in {dtype} is above {bound:.3g} "
+        f"({factor:g} x torch's own {torch_error:.3g} + {tolerance.floor:g})"
+    )
+
+
+def _check_non_finite(ours, exact, name):
+    for kind, is_kind in (("NaN", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf)):
+        wrong = is_kind(ours) != is_kind(exact)
+        assert not wrong.any(), (
+            f"{name}: {int(wrong.sum())} elements are {kind} in one result only, first at {wrong.nonzero()[0].tolist()}"
+        )
+
+
+# ---- cases ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Conv2dCase:
+    """One convolution: the shape of its input and weight, and its arguments."""
+
+    name: str
+    input: tuple  # N, C, H, W
+    weight: tuple  # K, C/G, R, S
+    stride: int | tuple = 1
+    padding: int | tuple | str = 0
+    dilation: int | tuple = 1
+    groups: int = 1
+    bias: bool = True
+
+    @property
+    def arguments(self) -> dict:
+        """Everything after the tensors, as conv2d takes it."""
+        return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
+
+    def make_inputs(
+        self, dtype, device="cpu", memory_format=torch.contiguous_format, generator=None, integers=False
+    ) -> tuple:
+        """Random (input, weight, bias or None); the same numbers on every device.
+
+        With `integers`, all numbers lie in -2..2: every sum of products is exact, so only one result is right.
+        """
+
+        def draw(*shape, scale=1.0):
+            if integers:
+                return torch.randint(-2, 3, shape, generator=generator).to(device, dtype)
+            return (torch.randn(shape, dtype=torch.float64, generator=generator) * scale).to(device, dtype)
+
+        fan_in = math.prod(self.weight[1:])
+        input = draw(*self.input).contiguous(memory_format=memory_format)
+        weight = draw(*self.weight, scale=fan_in**-0.5).contiguous(memory_format=memory_format)
+        return input, weight, draw(self.weight[0]) if self.bias else None
+
+
+# Small, and every one for a reason: each proves that something is not mixed up, skipped or assumed.
+_CONV2D_CASES = (
+    # the everyday layers
+    Conv2dCase("3x3", (2, 8, 9, 11), (8, 8, 3, 3), padding=1),
+    Conv2dCase("3x3_no_padding_no_bias", (2, 8, 9, 11), (8, 8, 3, 3), bias=False),
+    Conv2dCase("3x3_stride_2", (2, 8, 12, 12), (16, 8, 3, 3), stride=2, padding=1),
+    Conv2dCase("7x7_stride_2_stem", (1, 3, 32, 32), (16, 3, 7, 7), stride=2, padding=3, bias=False),
+    Conv2dCase("1x1", (2, 16, 7, 7), (32, 16, 1, 1)),
+    Conv2dCase("1x1_stride_2", (2, 16, 8, 8), (32, 16, 1, 1), stride=2, bias=False),
+    Conv2dCase("1x1_padding", (2, 5, 4, 4), (3, 5, 1, 1), padding=1),
+    Conv2dCase("5x5", (1, 6, 14, 14), (16, 6, 5, 5), padding=2),
+    Conv2dCase("64_channels", (1, 64, 14, 14), (64, 64, 3, 3), padding=1),
+    Conv2dCase("one_image_one_channel", (1, 1, 28, 28), (8, 1, 5, 5)),
+    Conv2dCase("one_output_channel", (2, 9, 8, 8), (1, 9, 3, 3), padding=1),
+    # rows and columns must not be swapped
+    Conv2dCase("asymmetric_kernel", (2, 3, 9, 14), (5, 3, 2, 5)),
+    Conv2dCase("asymmetric_stride", (2, 3, 13, 9), (5, 3, 3, 3), stride=(3, 1)),
+    Conv2dCase("asymmetric_padding", (2, 3, 6, 8), (5, 3, 3, 3), padding=(0, 2)),
+    Conv2dCase("asymmetric_dilation", (2, 3, 12, 9), (5, 3, 3, 3), dilation=(3, 1)),
+    Conv2dCase(
+        "asymmetric_all", (2, 4, 17, 13), (6, 2, 3, 2), stride=(2, 3), padding=(3, 1), dilation=(2, 4), groups=2
+    ),
+    Conv2dCase("row_kernel", (2, 4, 6, 19), (4, 4, 1, 7), padding=(0, 3)),
+    Conv2dCase("column_kernel", (2, 4, 19, 6), (4, 4, 7, 1), padding=(3, 0)),
+    # groups
+    Conv2dCase("groups_2", (2, 6, 8, 8), (10, 3, 3, 3), padding=1, groups=2),
+    Conv2dCase("groups_odd", (2, 15, 7, 7), (9, 5, 3, 3), padding=1, groups=3),
+    Conv2dCase("groups_1x1", (2, 12, 5, 5), (8, 3, 1, 1), groups=4),
+    Conv2dCase("depthwise", (2, 19, 9, 10), (19, 1, 3, 3), padding=1, groups=19),
+    Conv2dCase("depthwise_stride_2", (2, 16, 11, 11), (16, 1, 3, 3), stride=2, padding=1, groups=16, bias=False),
+    Conv2dCase("depthwise_5x5_dilated", (1, 8, 15, 13), (8, 1, 5, 5), padding=4, dilation=2, groups=8),
+    Conv2dCase("depthwise_multiplier_3", (2, 5, 8, 8), (15, 1, 3, 3), padding=1, groups=5),
+    # padding="same" and "valid"
+    Conv2dCase("same_odd", (2, 3, 7, 9), (4, 3, 3, 5), padding="same"),
+    Conv2dCase("same_even", (2, 3, 7, 9), (4, 3, 2, 4), padding="same"),
+    Conv2dCase("same_even_dilated", (2, 3, 9, 8), (4, 3, 4, 2), padding="same", dilation=(1, 3)),
+    Conv2dCase("valid", (2, 3, 7, 9), (4, 3, 3, 2), padding="valid"),
+    # sizes that leave tails in every vector width
+    Conv2dCase("17_to_23_channels", (3, 17, 10, 11), (23, 17, 3, 3), padding=1),
+    Conv2dCase("67x43_map", (1, 5, 67, 43), (7, 5, 3, 3), padding=1),
+    Conv2dCase("33_to_65_channels_1x1", (1, 33, 5, 7), (65, 33, 1, 1)),
+    Conv2dCase("width_1", (2, 4, 11, 1), (4, 4, 3, 3), padding=1),
+    # the edges of what is allowed
+    Conv2dCase("kernel_is_the_input", (2, 3, 6, 5), (8, 3, 6, 5)),
+    Conv2dCase("one_output_pixel", (2, 8, 3, 3), (12, 8, 3, 3), stride=2),
+    Conv2dCase("one_pixel_input", (2, 4, 1, 1), (6, 4, 3, 3), padding=1),
+    Conv2dCase("stride_larger_than_kernel", (2, 3, 14, 15), (4, 3, 2, 2), stride=(5, 4)),
+    Conv2dCase("stride_skips_the_end", (2, 3, 8, 9), (4, 3, 3, 3), stride=4),
+    Conv2dCase("padding_larger_than_kernel", (2, 3, 4, 4), (4, 3, 2, 3), padding=(4, 5)),
+    Conv2dCase("dilation_larger_than_input", (2, 3, 5, 5), (4, 3, 3, 3), padding=6, dilation=6),
+    Conv2dCase("empty_batch", (0, 3, 8, 8), (4, 3, 3, 3), padding=1),
+)
+
+
+def conv2d_cases() -> tuple:
+    """The convolutions that tests, benchmarks and `dlkernels check` go through."""
+    return _CONV2D_CASES
