@@ -1,0 +1,17 @@
+#include "parallel.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include "simd.h"
+
+namespace dlkernels {
+
+void parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& run) {
+  if (count <= 0) return;
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    FlushDenormals flush;
+    run(begin, end);
+  });
+}
+
+}  // namespace dlkernels

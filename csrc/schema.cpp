@@ -1,0 +1,105 @@
+// The table of contents: every operator's schema, and the small Python module `_C`.
+#include <pybind11/pybind11.h>
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+// ---- schemas ------------------------------------------------------------------------------------
+
+// padding is (top, bottom, left, right); a gradient that output_mask leaves out comes back as None.
+STABLE_TORCH_LIBRARY(dlkernels, library) {
+  library.def(
+      "conv2d(Tensor input, Tensor weight, Tensor? bias, SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, "
+      "SymInt groups) -> Tensor");
+  library.def(
+      "conv2d_backward(Tensor grad, Tensor input, Tensor weight, SymInt[2] stride, SymInt[4] padding, "
+      "SymInt[2] dilation, SymInt groups, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+}
+
+// ---- what the processor can run ------------------------------------------------------------------
+
+namespace {
+
+#if defined(__x86_64__)
+
+struct Registers {
+  unsigned a, b, c, d;
+};
+
+Registers cpuid(unsigned leaf, unsigned subleaf) {
+  Registers r{};
+  __get_cpuid_count(leaf, subleaf, &r.a, &r.b, &r.c, &r.d);
+  return r;
+}
+
+bool bit(unsigned value, int index) {
+  return (value >> index) & 1u;
+}
+
+// Linux hands out the 8 KiB of tile registers only to processes that ask (since 5.16).
+bool may_use_tiles() {
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && bit(cpuid(1, 0).c, 29);  // 29: F16C
+}
+
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+bool has_amx() {
+  const unsigned tiles = cpuid(7, 0).d;
+  const bool amx_bf16 = bit(tiles, 22), amx_tile = bit(tiles, 24), avx512_bf16 = bit(cpuid(7, 1).a, 5);
+  return has_avx512() && amx_bf16 && amx_tile && avx512_bf16 && may_use_tiles();
+}
+
+#else
+
+bool has_avx2() {
+  return false;
+}
+bool has_avx512() {
+  return false;
+}
+bool has_amx() {
+  return false;
+}
+
+#endif
+
+// Name of each instruction set we build for -> whether this processor and operating system run it.
+pybind11::dict cpu_features() {
+  pybind11::dict features;
+  features["baseline"] = true;
+  features["avx2"] = has_avx2();
+  features["avx512"] = has_avx512();
+  features["amx"] = has_amx();
+  return features;
+}
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["torch"] = DLKERNELS_BUILD_TORCH;
+  info["torch_abi"] = "2.11";
+  info["compiler"] = __VERSION__;
+  info["cuda_architectures"] = DLKERNELS_BUILD_CUDA_ARCHS;
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "Registers the operators' schemas; tells what was built and what this processor can run.";
+  module.def("cpu_features", &cpu_features, "Instruction set -> whether this machine runs it.");
+  module.def("build_info", &build_info, "What this build was made with.");
+}

@@ -1,0 +1,9 @@
+"""Hand-written kernels for Conv2d, DropNorm and a reset-gate RNN, and eight topics that teach from the inside."""
+
+from . import _libraries, reference  # noqa: F401  (loads the operators)
+from ._backend import backend, set_backend
+from ._info import info
+from .ops.conv2d import Conv2d, conv2d
+
+__version__ = "0.1.0"
+__all__ = ["Conv2d", "backend", "conv2d", "info", "reference", "set_backend"]

@@ -1,0 +1,1 @@
+"""The operators: one file each, with its autograd.Function, its function and its nn.Module."""

@@ -1,0 +1,144 @@
+"""What every operator does between a Python call and its kernel.
+
+A call can come from eager code, from torch.compile, from torch.func or from forward-mode AD. torch.library serves all
+of them through one Python autograd kernel, which costs every eager call 4 us. So eager calls go around it:
+`differentiable` takes an operator and its derivative, written once as a Function with `setup_context`, and picks the
+path.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.autograd import Function, forward_ad
+
+
+def differentiable(function: type[Function], op: Any) -> Callable:
+    """A function that calls `op`, with the derivative that `function` gives it.
+
+    Args:
+        function: a Function whose forward(*args) calls `op`, with setup_context(ctx, inputs, output) and backward.
+        op: the operator, such as torch.ops.dlkernels.conv2d.default; its autograd is registered here.
+    """
+    torch.library.register_autograd(op.name(), function.backward, setup_context=function.setup_context)
+
+    class Eager(Function):
+        """`function` as eager code needs it: forward with ctx, and the operator called below autograd."""
+
+        @staticmethod
+        def forward(ctx, *args):
+            with torch._C._AutoDispatchBelowAutograd():
+                output = op(*args)
+            function.setup_context(ctx, args, output)
+            return output
+
+        backward = function.backward
+
+    def call(*args):
+        if torch.compiler.is_compiling():
+            return op(*args)  # Dynamo cannot trace the guard below
+        if forward_ad._current_level >= 0:
+            return _without_forward_mode(function, args)
+        if torch._C._are_functorch_transforms_active():
+            return function.apply(*args)
+        if torch.is_grad_enabled():
+            return Eager.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    Eager.__name__ = Eager.__qualname__ = function.__name__  # what grad_fn shows
+    return call
+
+
+def _without_forward_mode(function: type[Function], args: Sequence[Any]) -> Any:
+    """Inside a forward-mode level: fine unless a tangent reaches `function`, which the operator would silently drop."""
+    try:
+        return function.apply(*args)
+    except NotImplementedError as error:
+        raise NotImplementedError(
+            f"{function.__name__}: forward-mode AD is not implemented; use reverse mode (torch.func.grad, jacrev)"
+        ) from error
+
+
+def from_reference(forward: Callable, backward: Callable) -> Callable:
+    """A function that runs `forward(*args)` and, for its gradient, `backward(grad, *args)`, both plain PyTorch.
+
+    `backward` returns one gradient for each of the leading arguments; it is differentiable itself.
+    """
+
+    class Reference(Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*args):
+            return forward(*args)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_backward(*(x if isinstance(x, torch.Tensor) else None for x in inputs))
+            ctx.settings = [None if isinstance(x, torch.Tensor) else x for x in inputs]
+
+        @staticmethod
+        def backward(ctx, *grads):
+            tensors = ctx.saved_tensors
+            args = [
+                setting if tensor is None else tensor for tensor, setting in zip(tensors, ctx.settings, strict=True)
+            ]
+            results = backward(*grads, *args)
+            needed = [x if needs else None for x, needs in zip(results, ctx.needs_input_grad, strict=False)]
+            return (*needed, *[None] * (len(args) - len(needed)))
+
+    return Reference.apply
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast computes in on this device type, None where autocast is off."""
+    if device_type in _AUTOCAST_KEYS and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
+def cast(tensors: Sequence[Any], dtype: torch.dtype | None) -> Sequence[Any]:
+    """The floating-point tensors among `tensors` in `dtype`, as autocast casts them: float64 and all else stay."""
+    if dtype is None:
+        return tensors
+    return [
+        x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
+        for x in tensors
+    ]
+
+
+_AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+_autocast_library = torch.library.Library("dlkernels", "IMPL")
+
+
+def register_autocast(op: Any) -> None:
+    """Makes a direct call of `op` run in autocast's dtype on the CPU and on CUDA."""
+    for device_type, key in _AUTOCAST_KEYS.items():
+
+        def kernel(*args, device_type=device_type, key=key):
+            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
+                return op(*cast(args, autocast_dtype(device_type)))
+
+        _autocast_library.impl(op.name().split("::")[1].split(".")[0], kernel, key)
+
+
+def explain(error: Exception, op: str, tensors: Sequence[Any], torch_call: Callable[[], Any]) -> Exception:
+    """The clearest error for a call that failed with `error`.
+
+    Where torch's own function refuses the same call, its error: users of torch.nn know it. Else ours.
+    """
+    if "Could not run" in str(error):  # the dispatcher's long list of what it has
+        devices = sorted({str(x.device) for x in tensors if isinstance(x, torch.Tensor)})
+        return RuntimeError(
+            f"{op}: expected tensors on a device this build of dlkernels has kernels for, got {', '.join(devices)} "
+            "(`dlkernels info` shows what was built)"
+        )
+    if isinstance(error, NotImplementedError):  # such as forward-mode AD, by torch itself
+        return error
+    try:
+        with torch.no_grad():
+            torch_call()
+    except (RuntimeError, TypeError, ValueError) as torchs_own:
+        return torchs_own
+    return error

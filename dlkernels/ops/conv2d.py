@@ -1,0 +1,286 @@
+"""Convolution of images: `conv2d`, and `Conv2d`, which is nn.Conv2d on our kernels.
+
+Letters: N images, C H W input channels, height, width; K output channels, R S kernel height, width; P Q output height,
+width; G groups. The kernels are csrc/cpu/conv2d and csrc/cuda/conv2d, their contract csrc/conv2d.h.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from .. import reference
+from .._backend import current_backend
+from ._dispatch import autocast_dtype, cast, differentiable, explain, from_reference, register_autocast
+
+_forward = torch.ops.dlkernels.conv2d.default
+_backward = torch.ops.dlkernels.conv2d_backward.default
+
+
+# ---- derivatives: input and weight are saved for the backward ----------------------------------------
+
+
+class Conv2dFunction(Function):
+    """output (N, K, P, Q) = conv2d(input (N, C, H, W), weight (K, C/G, R, S), bias (K))."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input, weight, bias, stride, padding, dilation, groups):
+        return _forward(input, weight, bias, stride, padding, dilation, groups)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, weight, _, *ctx.geometry = inputs
+        ctx.save_for_backward(input, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        input, weight = ctx.saved_tensors
+        grads = _conv2d_backward(grad, input, weight, *ctx.geometry, ctx.needs_input_grad[:3])
+        return (*grads, None, None, None, None)
+
+
+class Conv2dBackwardFunction(Function):
+    """grad_input, grad_weight, grad_bias = conv2d_backward(grad (N, K, P, Q), input, weight).
+
+    With A * B for a convolution, all three are derivatives of one sum, S(grad, input, weight) = <grad, input * weight>:
+    grad_input = dS/dinput, grad_weight = dS/dweight; and S is linear in each of its arguments.
+    For cotangents u of grad_input, v of grad_weight and b of grad_bias, the scalar to differentiate is
+        <u, grad_input> + <v, grad_weight> + <b, grad_bias> = <grad, u * weight> + <grad, input * v> + <grad, b>,
+    so that its gradients are convolutions and their backwards once more, to any order:
+        to grad:  u * weight + input * v + b      to input:  grad_input with v for weight
+                                                  to weight: grad_weight with u for input
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad, input, weight, stride, padding, dilation, groups, output_mask):
+        return _backward(grad, input, weight, stride, padding, dilation, groups, output_mask)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        grad, input, weight, *ctx.geometry, _ = inputs
+        ctx.save_for_backward(grad, input, weight)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, u, v, b):
+        grad, input, weight = ctx.saved_tensors
+        needs_grad, needs_input, needs_weight = ctx.needs_input_grad[:3]
+        to_grad = to_input = to_weight = None
+        if needs_grad:
+            terms = [] if u is None else [_conv2d(u, weight, None, *ctx.geometry)]
+            terms += [] if v is None else [_conv2d(input, v, None, *ctx.geometry)]
+            terms += [] if b is None else [b[:, None, None].expand_as(grad)]
+            to_grad = sum(terms[1:], start=terms[0]) if terms else None
+        if needs_input and v is not None:
+            to_input = _conv2d_backward(grad, input, v, *ctx.geometry, (True, False, False))[0]
+        if needs_weight and u is not None:
+            to_weight = _conv2d_backward(grad, u, weight, *ctx.geometry, (False, True, False))[1]
+        return (to_grad, to_input, to_weight, None, None, None, None, None)
+
+
+_conv2d = differentiable(Conv2dFunction, _forward)
+_conv2d_backward = differentiable(Conv2dBackwardFunction, _backward)
+_reference_conv2d = from_reference(reference.conv2d, reference.conv2d_backward)
+register_autocast(_forward)
+
+
+# ---- shapes without data (torch.compile, torch.export, meta tensors) and batches of calls (vmap) ------
+
+
+@torch.library.register_fake("dlkernels::conv2d")
+def _conv2d_fake(input, weight, bias, stride, padding, dilation, groups):
+    torch._check(
+        input.device == weight.device,
+        lambda: f"conv2d: weight must be on the device of input ({input.device}), got {weight.device}",
+    )
+    torch._check(
+        input.size(1) == weight.size(1) * groups,
+        lambda: f"conv2d: input must have {weight.size(1) * groups} channels, got {list(input.shape)}",
+    )
+    size = [input.size(0), weight.size(0)]
+    for i in range(2):
+        room = input.size(2 + i) + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (weight.size(2 + i) - 1) - 1
+        size.append(room // stride[i] + 1)
+    return input.new_empty(size).contiguous(memory_format=_memory_format(input, weight))
+
+
+@torch.library.register_fake("dlkernels::conv2d_backward")
+def _conv2d_backward_fake(grad, input, weight, stride, padding, dilation, groups, output_mask):
+    layout = _memory_format(input, weight)
+    return (
+        input.new_empty(input.shape).contiguous(memory_format=layout) if output_mask[0] else None,
+        weight.new_empty(weight.shape).contiguous(memory_format=layout) if output_mask[1] else None,
+        weight.new_empty(weight.size(0)) if output_mask[2] else None,
+    )
+
+
+def _memory_format(*tensors: Tensor) -> torch.memory_format:
+    """The output's: channels_last when input or weight is."""
+    return torch.channels_last if any(map(_is_channels_last, tensors)) else torch.contiguous_format
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    """As csrc/conv2d.h judges it: strides ascend in the order C, W, H, N."""
+    if x.stride(1) == 0:
+        return False
+    smallest = 0
+    for dim in (1, 3, 2, 0):
+        if x.size(dim) == 0 or x.stride(dim) < smallest or (dim == 0 and smallest == x.stride(1)):
+            return False
+        smallest = x.stride(dim) * max(x.size(dim), 1)
+    return True
+
+
+def _into_channels(x: Tensor, dim: int | None, batch: int, channel: int) -> Tensor:
+    """x with its vmapped dimension folded into dimension `channel`: (..., C, ...) becomes (..., batch*C, ...)."""
+    x = (
+        x.unsqueeze(channel).expand(*x.shape[:channel], batch, *x.shape[channel:])
+        if dim is None
+        else x.movedim(dim, channel)
+    )
+    return x.flatten(channel, channel + 1)
+
+
+def _out_of_channels(x: Tensor, batch: int, channel: int) -> Tensor:
+    return x.unflatten(channel, (batch, -1))
+
+
+@torch.library.register_vmap("dlkernels::conv2d")
+def _conv2d_vmap(info, in_dims, input, weight, bias, stride, padding, dilation, groups):
+    """A batch of convolutions is one convolution with batch times as many groups."""
+    batch = info.batch_size
+    if in_dims[1] is None and (bias is None or in_dims[2] is None):  # the same weights: more images
+        images = input.movedim(in_dims[0], 0).flatten(0, 1)
+        output = _forward(images, weight, bias, stride, padding, dilation, groups)
+        return output.unflatten(0, (batch, -1)), 0
+    output = _forward(
+        _into_channels(input, in_dims[0], batch, 1),
+        _into_channels(weight, in_dims[1], batch, 0),
+        None if bias is None else _into_channels(bias, in_dims[2], batch, 0),
+        *(stride, padding, dilation, groups * batch),
+    )
+    return _out_of_channels(output, batch, 1), 1
+
+
+@torch.library.register_vmap("dlkernels::conv2d_backward")
+def _conv2d_backward_vmap(info, in_dims, grad, input, weight, stride, padding, dilation, groups, output_mask):
+    batch = info.batch_size
+    grads = _backward(
+        _into_channels(grad, in_dims[0], batch, 1),
+        _into_channels(input, in_dims[1], batch, 1),
+        _into_channels(weight, in_dims[2], batch, 0),
+        *(stride, padding, dilation, groups * batch, output_mask),
+    )
+    channels = (1, 0, 0)
+    outputs = [None if x is None else _out_of_channels(x, batch, c) for x, c in zip(grads, channels, strict=True)]
+    return tuple(outputs), tuple(None if x is None else c for x, c in zip(grads, channels, strict=True))
+
+
+# ---- function and module -----------------------------------------------------------------------------
+
+
+def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    """Convolves images with a bank of kernels: torch.nn.functional.conv2d on our kernels.
+
+    output[n, k, p, q] = bias[k] + sum over c, r, s of weight[k, c, r, s]
+                         * input[n, g*C/G + c, p*stride - padding + r*dilation, q*stride - padding + s*dilation],
+    g = k // (K/G) being the group of output channel k; input is zero outside its H x W.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W); float64, float32, bfloat16 or float16; any strides.
+        weight: (K, C/groups, R, S), input's dtype and device.
+        bias: (K) or None.
+        stride: step between windows in pixels, int or (height, width).
+        padding: zeros around the input in pixels, int or (height, width), or "valid" (none) or "same" (P = H, Q = W;
+            stride 1; an odd zero goes after the last pixel).
+        dilation: distance between kernel elements in pixels, int or (height, width).
+        groups: channels are cut into this many independent convolutions.
+
+    Returns:
+        (N, K, P, Q), or (K, P, Q) for unbatched input, with P = (H + 2*padding - dilation*(R-1) - 1) // stride + 1 and
+        Q alike, in input's dtype; channels_last when input or weight is. 16-bit types are summed in float32.
+        Saved for the backward: input and weight.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: what torch.nn.functional.conv2d raises for the same call; RuntimeError for
+            other dtypes and for devices without kernels.
+
+    Source:
+        LeCun et al., Gradient-based learning applied to document recognition, 1998.
+
+    Example:
+        >>> images, kernels = torch.randn(8, 3, 32, 32), torch.randn(16, 3, 3, 3)
+        >>> dlkernels.conv2d(images, kernels, padding=1).shape
+        torch.Size([8, 16, 32, 32])
+    """
+    name = current_backend()
+    if name == "torch":
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    if torch.compiler.is_compiling():
+        return _run(name, input, weight, bias, stride, padding, dilation, groups)
+    try:
+        return _run(name, input, weight, bias, stride, padding, dilation, groups)
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        problem = explain(
+            error,
+            "conv2d",
+            (input, weight, bias),
+            lambda: F.conv2d(input, weight, bias, stride, padding, dilation, groups),
+        )
+    raise problem from None
+
+
+def _run(name, input, weight, bias, stride, padding, dilation, groups):
+    input, weight, bias = cast((input, weight, bias), autocast_dtype(input.device.type))
+    if name == "reference":
+        return _reference_conv2d(input, weight, bias, stride, padding, dilation, groups)
+    stride, dilation = _pair(stride), _pair(dilation)
+    padding = _four_sides(padding, weight, stride, dilation)
+    if input.dim() == 3:
+        return _conv2d(input.unsqueeze(0), weight, bias, stride, padding, dilation, groups).squeeze(0)
+    return _conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+
+def _pair(value):
+    """(height, width) from an int, a 1-tuple or a pair."""
+    if not isinstance(value, (tuple, list)):
+        return (value, value)
+    return value * 2 if len(value) == 1 else value
+
+
+def _four_sides(padding, weight, stride, dilation):
+    """padding as (top, bottom, left, right)."""
+    if padding == "valid":
+        return (0, 0, 0, 0)
+    if padding == "same":
+        if any(step != 1 for step in stride):
+            raise ValueError("conv2d: padding 'same' needs stride 1")
+        total_h, total_w = (d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True))
+        return (total_h // 2, total_h - total_h // 2, total_w // 2, total_w - total_w // 2)
+    height, width = _pair(padding)
+    return (height, height, width, width)
+
+
+class Conv2d(nn.Conv2d):
+    """torch.nn.Conv2d on our kernels: the same constructor, attributes, state_dict, initialisation and errors.
+
+    output = conv2d(input, self.weight, self.bias, ...), after padding by `padding_mode` where that is not "zeros".
+
+    Shapes: input (N, C, H, W) or (C, H, W) -> output (N, K, P, Q) or (K, P, Q); see `dlkernels.conv2d`.
+
+    Example:
+        >>> layer = dlkernels.Conv2d(3, 16, kernel_size=3, padding="same", padding_mode="reflect")
+        >>> layer(torch.randn(8, 3, 32, 32)).shape
+        torch.Size([8, 16, 32, 32])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = (0, 0)
+        return conv2d(input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
