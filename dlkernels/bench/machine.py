@@ -1,0 +1,109 @@
+"""What a table must say about the machine, and the roofs that percentages refer to, measured in the same run.
+
+The roofs are what torch reaches, not what the silicon could: torch.mm of two square matrices, copy_ of a large tensor.
+A kernel can be above either: a convolution can save multiplications, and a small tensor lives in a cache.
+"""
+
+import datetime
+import os
+import platform
+import time
+from dataclasses import dataclass
+
+import torch
+
+MM_SIZE = 2048
+COPY_BYTES = 256 << 20
+ROOF_S = 0.4  # each roof is measured for this long, and at least three times
+
+
+@dataclass(frozen=True)
+class Roofs:
+    """Rates: FLOP/s of torch.mm by dtype, bytes/s of copy_ (read and written)."""
+
+    mm: dict[str, float]
+    copy: float
+
+    def seconds(self, flops: float, bytes: float, dtype: torch.dtype) -> tuple[float, str]:
+        """The shortest time under the roofs, and the name of the roof that sets it."""
+        by_mm, by_copy = flops / self.mm[dtype_name(dtype)], bytes / self.copy
+        return (by_mm, "mm") if by_mm >= by_copy else (by_copy, "copy")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return f"{dtype}".removeprefix("torch.")
+
+
+def measure_roofs(dtype: torch.dtype, device: str = "cpu") -> Roofs:
+    """torch.mm in float32, bfloat16 and `dtype`, and copy_: the best of several, for a roof is what can be reached."""
+    mm = {}
+    for kind in dict.fromkeys((torch.float32, torch.bfloat16, dtype)):
+        a, b = (torch.randn(MM_SIZE, MM_SIZE, device=device).to(kind) for _ in "ab")
+        mm[dtype_name(kind)] = 2.0 * MM_SIZE**3 / _least_seconds(lambda a=a, b=b: torch.mm(a, b), device)
+    source = torch.zeros(COPY_BYTES, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    return Roofs(mm, 2.0 * COPY_BYTES / _least_seconds(lambda: target.copy_(source), device))
+
+
+def _least_seconds(call, device):
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    began, times = time.monotonic(), list[float]()
+    while len(times) < 3 or time.monotonic() - began < ROOF_S:
+        synchronize()
+        start = time.perf_counter_ns()
+        call()
+        synchronize()
+        times.append((time.perf_counter_ns() - start) * 1e-9)
+    return min(times)
+
+
+def describe(device: str = "cpu") -> dict[str, str]:
+    """Processor, instruction sets in use, versions, threads, precision, load, date."""
+    import dlkernels
+
+    info = dlkernels.info()
+    facts = {"processor": processor(), "cores": f"{len(os.sched_getaffinity(0))} usable of {os.cpu_count()}"}
+    if device == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts | {
+        "instruction set": f"ours {info['cpu_isa']}, torch {torch.backends.cpu.get_cpu_capability()}",
+        "torch": torch.__version__,
+        "dlkernels": info["dlkernels"],
+        "threads": f"{torch.get_num_threads()}",
+        "float32 precision": torch.get_float32_matmul_precision(),
+        "load before": f"{os.getloadavg()[0]:.2f}",
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+class Watch:
+    """How much of the processors' time other processes take from now on: the quiet that a figure needs."""
+
+    def __init__(self):
+        self.start = self._read()
+
+    def others(self) -> str:
+        """Their part since then, in words."""
+        (all_0, busy_0, own_0), (all_1, busy_1, own_1) = self.start, self._read()
+        part = max(0.0, busy_1 - busy_0 - (own_1 - own_0)) / max(all_1 - all_0, 1e-9)
+        return f"{part * 100:.1f} % of the processor time"
+
+    @staticmethod
+    def _read():
+        with open("/proc/stat", encoding="utf-8") as file:
+            ticks = [
+                int(word) for word in file.readline().split()[1:9]
+            ]  # user nice system idle iowait irq softirq steal
+        second = os.sysconf("SC_CLK_TCK")
+        return sum(ticks) / second, (sum(ticks) - ticks[3] - ticks[4]) / second, time.process_time()
+
+
+def processor() -> str:
+    """The processor's name, with family and model where the name says little."""
+    facts: dict[str, str] = {}
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        for line in file:
+            key, _, value = line.partition(":")
+            facts.setdefault(key.strip(), value.strip())
+    name = facts.get("model name", platform.processor() or platform.machine())
+    return f"{name}, family {facts['cpu family']} model {facts['model']}" if "cpu family" in facts else name
