@@ -356,9 +356,18 @@ def test_table_round_trip(records, tmp_path):
     assert facts["processor"] == "a: b"
     assert "copy_ 10.0 GB/s" in facts["roofs"]
     assert rows[0]["ratio"] == 2.0
-    assert rows[2]["refused"] == "parity: no"
+    assert rows[2]["reason"] == "parity: no"
     assert "ours_ms" not in rows[2]
     assert report.summarise(rows) == report.summarise(records)
+
+
+def test_a_long_table_keeps_the_summary(records, tmp_path):
+    path = tmp_path / "t.tsv"
+    report.write_table(path, {}, ROOFS, records * 50)
+    assert report.read_summary(path)[1] == report.summarise(records * 50)
+    report.write_table(path, {}, ROOFS, records)
+    assert report.read_summary(path)[1] == report.summarise(records)
+    assert len(report.read_table(path)[1]) == 3
 
 
 def test_json_is_json(records, tmp_path):

@@ -9,7 +9,7 @@ import math
 import sys
 from pathlib import Path
 
-from dlkernels.bench.report import read_table, summarise, write_atomically
+from dlkernels.bench.report import read_summary, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
@@ -24,9 +24,9 @@ def speed_tables(results: Path) -> str:
 
 def speed_table(path: Path) -> str:
     """One table; a cell is the geometric mean of torch's time over ours, and the least of them."""
-    machine, rows = read_table(path)
-    groups = {(group["list"], group["format"], group["direction"]): group for group in summarise(rows)}
-    lines = [
+    machine, lines = read_summary(path)
+    groups = {(group["list"], group["format"], group["direction"]): group for group in lines}
+    texts = [
         f"**{machine['operator']}**, {machine['dtype']}, suite {machine['suite']}, {machine['threads']} threads,"
         f" float32 precision {machine['float32 precision']}: {machine.get('gpu', machine['processor'])}"
         f" ({machine['instruction set']}), torch {machine['torch']}, {machine['date']}.",
@@ -40,8 +40,8 @@ def speed_table(path: Path) -> str:
         cells |= {group["direction"]: "refused" for group in both if math.isnan(group["geomean"])}
         means = [cells.get(direction, "") for direction in DIRECTIONS]
         total, slower = sum(group["rows"] for group in both), sum(group["below_1"] for group in both)
-        lines.append(f"| {list_} | {layout} | {total} | {means[0]} | {means[1]} | {slower} |")
-    return "\n".join(lines)
+        texts.append(f"| {list_} | {layout} | {total} | {means[0]} | {means[1]} | {slower} |")
+    return "\n".join(texts)
 
 
 def replace(readme: str, tables: str) -> str:

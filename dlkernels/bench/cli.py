@@ -125,7 +125,7 @@ def _measure(names, args):
     print(f"other processes took {facts['other processes']}")
     _write(args, facts, roofs, done)
     print(f"{time.monotonic() - start:.0f} s", flush=True)
-    return 130 if interrupted else int(any(row.get("refused") for rows in done.values() for row in rows))
+    return 130 if interrupted else int(any(row.get("reason") for rows in done.values() for row in rows))
 
 
 def _write(args, facts, roofs, done):

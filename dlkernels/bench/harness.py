@@ -26,7 +26,7 @@ ROUND_INPUTS = (0, 1, 0, 1)
 
 SLOW_S = 5e-3  # calls of at least this take few repeats
 REPEATS_FAST, REPEATS_SLOW = 30, 8  # of each side, at least; 8 because a round gives two
-ROW_S = 0.15  # a fast case goes on until it has been measured for this long
+ROW_S = 0.1  # a fast case goes on until it has been measured for this long
 REPEATS_MOST = 200
 SAMPLE_S = 1e-4  # shorter calls are timed several in a row: 1000 times the timer's resolution and cost
 BATCH_MOST = 100

@@ -30,7 +30,7 @@ def record(row: Row, roofs: Roofs) -> Record:
         "dtype": dtype_name(case.dtype),
     }
     if row.refused is not None:
-        return what | {"refused": row.refused}
+        return what | {"reason": row.refused}
     limit, roof = roofs.seconds(case.flops, case.bytes, case.dtype)
     ours, theirs = row.ours.median, row.theirs.median
     return what | {
@@ -53,12 +53,22 @@ def record(row: Row, roofs: Roofs) -> Record:
     }
 
 
-WORDS = ("list", "shape", "variant", "direction", "dtype", "roof", "refused")  # the columns that are no numbers
+TABLE_ROWS = 100  # a table with more keeps its summary only
+WORDS = (
+    "list",
+    "shape",
+    "variant",
+    "format",
+    "direction",
+    "dtype",
+    "roof",
+    "reason",
+)  # the columns that are no numbers
 COLUMNS = (
     *("list", "shape", "variant", "direction", "dtype"),
     *("ours_ms", "ours_mad_ms", "torch_ms", "torch_mad_ms", "ratio", "ratio_low", "ratio_high"),
     *("repeats", "calls_per_repeat", "ours_gflops", "torch_gflops", "ours_gbs", "roof_percent", "roof"),
-    *("ours_error", "torch_error", "refused"),
+    *("ours_error", "torch_error", "reason"),
 )
 
 
@@ -69,7 +79,7 @@ def summarise(records: list[Record]) -> list[Record]:
         groups.setdefault((row["list"], f"{row['variant']}".split(",")[0], row["direction"]), []).append(row)
     lines = []
     for (list_, layout, direction), rows in groups.items():
-        measured = [row for row in rows if not row.get("refused")]
+        measured = [row for row in rows if not row.get("reason")]
         ratios = [row["ratio"] for row in measured]
         lines.append(
             {
@@ -99,8 +109,8 @@ def line(row: Record) -> str:
     """A row for the terminal."""
     direction = "fwd" if row["direction"] == "forward" else "fwd+bwd"
     what = f"{row['shape']:30} {row['variant']:19} {direction:9}"
-    if row.get("refused"):
-        return f"{what} REFUSED, no time: {row['refused']}"
+    if row.get("reason"):
+        return f"{what} REFUSED, no time: {row['reason']}"
     ours, theirs = (
         f"{row['ours_ms']:.3g} ±{row['ours_mad_ms']:.1g}",
         f"{row['torch_ms']:.3g} ±{row['torch_mad_ms']:.1g}",
@@ -170,17 +180,27 @@ def _without_nan(value):
 
 
 def write_table(path, machine: dict, roofs: Roofs, records: list[Record]) -> None:
-    """The small table for bench/results/: the machine in lines that start with #, then the rows, tab-separated."""
+    """The small table for bench/results/: the machine in lines that start with #, then the rows, tab-separated.
+
+    Of more than TABLE_ROWS rows it keeps the summary; everything is in the JSON.
+    """
+    lines = records if len(records) <= TABLE_ROWS else summarise(records)
+    columns = COLUMNS if lines is records else tuple(lines[0])
     texts = [f"# {key}: {value}" for key, value in (machine | {"roofs": roofs_text(roofs)}).items()]
-    texts.append("\t".join(COLUMNS))
-    for row in records:
-        cells = [row.get(column) for column in COLUMNS]
-        texts.append("\t".join(f"{cell:.4g}" if isinstance(cell, float) else f"{cell or ''}" for cell in cells))
+    texts.append("\t".join(columns))
+    for row in lines:
+        texts.append("\t".join(_cell(row.get(column)) for column in columns))
     write_atomically(path, "\n".join(texts) + "\n")
 
 
+def _cell(value):
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else f"{value}"
+
+
 def read_table(path) -> tuple[dict[str, str], list[Record]]:
-    """The machine and the rows of a table."""
+    """The machine, and the rows or summary lines of a table."""
     machine: dict[str, str] = {}
     rows: list[list[str]] = []
     for text in Path(path).read_text(encoding="utf-8").splitlines():
@@ -190,10 +210,19 @@ def read_table(path) -> tuple[dict[str, str], list[Record]]:
         else:
             rows.append(text.split("\t"))
     header, *lines = rows
-    return machine, [
-        {key: cell if key in WORDS else float(cell) for key, cell in zip(header, line, strict=True) if cell}
-        for line in lines
-    ]
+    return machine, [{key: _value(key, cell) for key, cell in zip(header, line, strict=True) if cell} for line in lines]
+
+
+def _value(column, cell):
+    if column in WORDS:
+        return cell
+    return int(cell) if cell.isdigit() else float(cell)
+
+
+def read_summary(path) -> tuple[dict[str, str], list[Record]]:
+    """The machine, and the summary of a table."""
+    machine, rows = read_table(path)
+    return machine, rows if rows and "geomean" in rows[0] else summarise(rows)
 
 
 def draw_roofline(path, roofs: Roofs, records: list[Record], title: str) -> None:
@@ -201,7 +230,7 @@ def draw_roofline(path, roofs: Roofs, records: list[Record], title: str) -> None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    measured = [row for row in records if not row.get("refused")]
+    measured = [row for row in records if not row.get("reason")]
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = FigureCanvasAgg(figure).figure.add_subplot()
     for column, marker, colour, label in (
