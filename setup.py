@@ -5,13 +5,15 @@ Environment: DLKERNELS_CUDA=0|1 (default: build CUDA if torch has it and nvcc is
 
 import os
 import platform
+import re
 import shutil
+import subprocess
 import sys
 from glob import glob
-from pathlib import Path
 
 import pybind11
 import torch
+import torch.utils.cpp_extension
 from setuptools import Extension, setup
 from torch.utils.cpp_extension import BuildExtension, CUDAExtension, include_paths, library_paths
 
@@ -58,11 +60,15 @@ def wants_cuda():
     return setting != "0" and not missing
 
 
-def cuda_extension():
-    if "CUDA_HOME" not in os.environ:  # torch takes a link such as /usr/local/bin/nvcc for the toolkit itself
-        import torch.utils.cpp_extension as cpp_extension
+def cuda_home():
+    """The toolkit's folder in nvcc's own words: nvcc on PATH may be a link or a script somewhere else."""
+    dry_run = subprocess.run(["nvcc", "--dryrun", "-c", "none.cu"], capture_output=True, text=True).stderr
+    return os.path.realpath(re.search(r"TOP=(\S+)", dry_run)[1])
 
-        cpp_extension.CUDA_HOME = str(Path(shutil.which("nvcc")).resolve().parents[1])
+
+def cuda_extension():
+    if "CUDA_HOME" not in os.environ:
+        torch.utils.cpp_extension.CUDA_HOME = cuda_home()
     if not torch.cuda.is_available():  # with a GPU at hand, torch's default is that GPU's architecture
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)
     return CUDAExtension(
