@@ -318,6 +318,7 @@ void conv2d_direct(const Conv2dShape& shape, Strided4d<const T> input, Strided4d
 template <class T>
 void conv2d_direct_grad_input(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> weight,
                               Strided4d<T> grad_input) {
+  if (shape.N == 0 || shape.C == 0) return;
   const int64_t M = shape.C / shape.G, D = shape.K / shape.G;
   for (int64_t phase_h = 0; phase_h < std::min(shape.stride_h, shape.H); ++phase_h) {
     for (int64_t phase_w = 0; phase_w < std::min(shape.stride_w, shape.W); ++phase_w) {
@@ -337,6 +338,7 @@ void conv2d_direct_grad_input(const Conv2dShape& shape, Strided4d<const T> grad,
 template <class T>
 void conv2d_direct_grad_weight(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> input,
                                Strided4d<T> grad_weight) {
+  if (shape.C == 0) return;
   using Sum = Accumulate<T>;
   const Gather<T> gather = gather_input(shape, input);
   const int64_t M = shape.K / shape.G, columns = gather.depth(), pixels = gather.pixels();
