@@ -66,17 +66,11 @@ void for_floating_type(const char* op, const Tensor& input, const Run& run);
 
 // ---- integers -----------------------------------------------------------------------------------
 
-DLKERNELS_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
+DLKERNELS_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // a / b rounded towards minus infinity, and its remainder in [0, b).
-DLKERNELS_HOST_DEVICE constexpr int64_t floor_div(int64_t a, int64_t b) {
-  return a / b - (a % b < 0);
-}
-DLKERNELS_HOST_DEVICE constexpr int64_t floor_mod(int64_t a, int64_t b) {
-  return a - floor_div(a, b) * b;
-}
+DLKERNELS_HOST_DEVICE constexpr int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
+DLKERNELS_HOST_DEVICE constexpr int64_t floor_mod(int64_t a, int64_t b) { return a - floor_div(a, b) * b; }
 
 // ---- 16-bit storage: kernels read and write it, and compute in float ----------------------------
 
@@ -112,15 +106,9 @@ DLKERNELS_HOST_DEVICE inline float float_of(uint32_t bits) {
   return value;
 }
 
-DLKERNELS_HOST_DEVICE inline double load(double value) {
-  return value;
-}
-DLKERNELS_HOST_DEVICE inline float load(float value) {
-  return value;
-}
-DLKERNELS_HOST_DEVICE inline float load(BFloat16 value) {
-  return float_of(uint32_t(value.bits) << 16);
-}
+DLKERNELS_HOST_DEVICE inline double load(double value) { return value; }
+DLKERNELS_HOST_DEVICE inline float load(float value) { return value; }
+DLKERNELS_HOST_DEVICE inline float load(BFloat16 value) { return float_of(uint32_t(value.bits) << 16); }
 
 // Rebase the exponent from bias 15 to bias 127. A denormal half is m * 2^-24: put m below a leading one at 2^-14 and
 // subtract that one again, so that no denormal float occurs on the way (kernels may run with those flushed to zero).

@@ -20,6 +20,10 @@ STABLE_TORCH_LIBRARY(dlkernels, library) {
   library.def(
       "conv2d_backward(Tensor grad, Tensor input, Tensor weight, SymInt[2] stride, SymInt[4] padding, "
       "SymInt[2] dilation, SymInt groups, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+
+  // for the benchmarks: run the processor at its limit, return the number of operations (0: it has no such unit)
+  library.def("roof_fma(int rounds) -> int");
+  library.def("roof_amx(int rounds) -> int");
 }
 
 // ---- what the processor can run ------------------------------------------------------------------
@@ -38,9 +42,7 @@ Registers cpuid(unsigned leaf, unsigned subleaf) {
   return r;
 }
 
-bool bit(unsigned value, int index) {
-  return (value >> index) & 1u;
-}
+bool bit(unsigned value, int index) { return (value >> index) & 1u; }
 
 // Linux hands out the 8 KiB of tile registers only to processes that ask (since 5.16).
 bool may_use_tiles() {
@@ -65,15 +67,9 @@ bool has_amx() {
 
 #else
 
-bool has_avx2() {
-  return false;
-}
-bool has_avx512() {
-  return false;
-}
-bool has_amx() {
-  return false;
-}
+bool has_avx2() { return false; }
+bool has_avx512() { return false; }
+bool has_amx() { return false; }
 
 #endif
 

@@ -9,8 +9,8 @@
 
 namespace dlkernels {
 
-constexpr int kThreads = 256;               // of a block: 8 warps, a size every kernel here can fill
-constexpr int64_t kMostBlocks = 132 * 64;   // of a grid: some 64 waves on a large GPU; grid-stride loops do the rest
+constexpr int kThreads = 256;              // of a block: 8 warps, a size every kernel here can fill
+constexpr int64_t kMostBlocks = 132 * 64;  // of a grid: some 64 waves on a large GPU; grid-stride loops do the rest
 
 inline void check_cuda(cudaError_t status, const char* what) {
   check(status == cudaSuccess, what, ": CUDA error: ", cudaGetErrorString(status),

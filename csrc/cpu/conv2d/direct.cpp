@@ -181,9 +181,7 @@ int64_t rows_per_task(int64_t rows, int64_t other_tasks) {
   return other_tasks * ceil_div(rows, kBlockRows) >= kEnoughTasks ? kBlockRows : kFewRows;
 }
 
-int64_t grain_of(int64_t products_per_task) {
-  return std::max<int64_t>(1, kTaskProducts / (products_per_task + 1));
-}
+int64_t grain_of(int64_t products_per_task) { return std::max<int64_t>(1, kTaskProducts / (products_per_task + 1)); }
 
 // packed[g][panel][l][row] = weight_at(g, m, d, tap) for l = t*D + d and m = panel*kTileRows + row; zero past the last
 // m

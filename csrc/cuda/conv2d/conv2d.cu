@@ -72,8 +72,8 @@ __global__ void conv2d_grad_input(int64_t count, Conv2dShape shape, Strided4d<co
 // grad_weight[k, c, r, s] = sum over n, p, q of grad[n, k, p, q] * input[n, g*C/G + c, h, w]
 // grad (N, K, P, Q), input (N, C, H, W) -> grad_weight (K, C/G, R, S); count = K*(C/G)*R*S
 template <class T>
-__global__ void conv2d_grad_weight(int64_t count, Conv2dShape shape, Strided4d<const T> grad,
-                                   Strided4d<const T> input, Strided4d<T> grad_weight) {
+__global__ void conv2d_grad_weight(int64_t count, Conv2dShape shape, Strided4d<const T> grad, Strided4d<const T> input,
+                                   Strided4d<T> grad_weight) {
   const int64_t channels = shape.C / shape.G, pixels = shape.N * shape.P * shape.Q;
   for (int64_t item = blockIdx.x; item < count; item += gridDim.x) {
     const int64_t s = item % shape.S, r = item / shape.S % shape.R;
