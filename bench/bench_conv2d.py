@@ -4,7 +4,7 @@
 
 What ours and theirs are, and what they cost, is in dlkernels/bench/conv2d.py; `dlkernels bench conv2d` prints the same
 without keeping it. Only a table that was measured on an otherwise idle machine is worth keeping: see its line
-"other processes".
+"others".
 """
 
 import argparse

@@ -452,7 +452,7 @@ def test_a_run_prints_writes_and_restores(two_cases, tmp_path, capsys):
     assert content["machine"]["float32 precision"] == "high"
     assert len(content["operators"]["conv2d"]["rows"]) == 2
     facts, rows = report.read_table(table)
-    assert {"processor", "cores", "instruction set", "torch", "date", "other processes", "roofs"} <= set(facts)
+    assert {"processor", "cores", "instruction set", "torch", "date", "others", "roofs"} <= set(facts)
     assert len(rows) == 2
     two_cases.pop()
     assert cli.run(parse("all")) == 0
@@ -477,7 +477,16 @@ def test_an_interrupted_run_keeps_what_it_has(two_cases, tmp_path):
 
 
 def test_the_watch_counts_others():
-    assert machine.Watch().others().endswith("% of the processor time")
+    watch = machine.Watch()
+    sum(range(10**6))
+    part = watch.others()
+    assert math.isnan(part) or 0 <= part <= 1
+
+
+def test_a_row_beside_a_busy_neighbour_is_marked(records):
+    assert report.disturbed(records[0] | {"others_percent": 30.0})
+    assert report.line(records[0] | {"others_percent": 30.0}).endswith("disturbed")
+    assert not report.line(records[0] | {"others_percent": 3.0}).endswith("disturbed")
 
 
 # ---- README tables --------------------------------------------------------------------------------

@@ -121,8 +121,11 @@ def _measure(names, args):
     if left_out:
         print(f"{left_out} rows were not measured: the time of suite {args.suite} was over")
     facts |= {"rows not measured": f"{left_out}"} if left_out else {}
-    facts["other processes"] = watch.others()
-    print(f"other processes took {facts['other processes']}")
+    others, disturbed = watch.others(), sum(report.disturbed(row) for rows in done.values() for row in rows)
+    facts["others"] = f"{others * 100:.1f} % of the processors' time, {disturbed} rows disturbed"
+    print(f"other processes took {facts['others']}")
+    if disturbed:
+        print("a disturbed row says little, however narrow its interval: measure on an idle machine")
     _write(args, facts, roofs, done)
     print(f"{time.monotonic() - start:.0f} s", flush=True)
     return 130 if interrupted else int(any(row.get("reason") for rows in done.values() for row in rows))

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dlkernels.bench.machine import Watch
 from dlkernels.testing import compare, relative_error
 
 ROUND = ("ours", "theirs", "theirs", "ours")
@@ -99,6 +100,7 @@ class Row:
     batch: int = 0  # calls per sample
     error_ours: float = math.nan  # relative to float64, the worst of all outputs and gradients
     error_theirs: float = math.nan
+    others: float = math.nan  # part of the processors' time that others took meanwhile
 
 
 # ---- statistics -----------------------------------------------------------------------------------
@@ -226,14 +228,16 @@ def measure(case: Case, clock=None, row_s: float = ROW_S) -> Row:
         with torch.set_grad_enabled(case.backward):
             prove(job)
             with no_garbage_collection():
+                watch = Watch()
                 ours, theirs, batch, last = _time(job, clock, row_s)
+                others = watch.others()
             slot, outputs = last
             errors = check_parity(case, job, slot, outputs["ours"], outputs["theirs"])
     except (Refused, RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         kind = "" if isinstance(error, Refused) else f"{type(error).__name__}: "
         return Row(case, refused=kind + " ".join(f"{error}".split()))
     ratio, low, high = ratio_interval(ours, theirs)
-    return Row(case, None, timing(ours), timing(theirs), ratio, low, high, len(ours), batch, *errors)
+    return Row(case, None, timing(ours), timing(theirs), ratio, low, high, len(ours), batch, *errors, others)
 
 
 def _time(job: Job, clock, row_s):

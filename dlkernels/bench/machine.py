@@ -4,7 +4,9 @@ The roofs are what torch reaches, not what the silicon could: torch.mm of two sq
 A kernel can be above either: a convolution can save multiplications, and a small tensor lives in a cache.
 """
 
+import contextlib
 import datetime
+import math
 import os
 import platform
 import time
@@ -62,7 +64,7 @@ def describe(device: str = "cpu") -> dict[str, str]:
     import dlkernels
 
     info = dlkernels.info()
-    facts = {"processor": processor(), "cores": f"{len(os.sched_getaffinity(0))} usable of {os.cpu_count()}"}
+    facts = {"processor": processor(), "cores": f"{torch.multiprocessing.cpu_count()}"}
     if device == "cuda":
         facts["gpu"] = torch.cuda.get_device_name()
     return facts | {
@@ -77,31 +79,34 @@ def describe(device: str = "cpu") -> dict[str, str]:
 
 
 class Watch:
-    """How much of the processors' time other processes take from now on: the quiet that a figure needs."""
+    """How much of the processors' time others take from now on, other processes and other guests of the host."""
 
     def __init__(self):
         self.start = self._read()
 
-    def others(self) -> str:
-        """Their part since then, in words."""
-        (all_0, busy_0, own_0), (all_1, busy_1, own_1) = self.start, self._read()
-        part = max(0.0, busy_1 - busy_0 - (own_1 - own_0)) / max(all_1 - all_0, 1e-9)
-        return f"{part * 100:.1f} % of the processor time"
+    def others(self) -> float:
+        """Their part of all processor time since then, 0 to 1; NaN where the system does not tell."""
+        if not (self.start and (now := self._read())):
+            return math.nan
+        total, busy, own = (after - before for before, after in zip(self.start, now, strict=True))
+        return min(1.0, max(0.0, busy - own) / max(total, 1e-9))
 
     @staticmethod
     def _read():
-        with open("/proc/stat", encoding="utf-8") as file:
-            ticks = [
-                int(word) for word in file.readline().split()[1:9]
-            ]  # user nice system idle iowait irq softirq steal
+        try:
+            with open("/proc/stat", encoding="utf-8") as file:
+                ticks = [int(word) for word in file.readline().split()[1:9]]
+        except OSError:
+            return None
+        _user, _nice, _system, idle, waiting, *_ = ticks  # then interrupts, and stolen by the host
         second = os.sysconf("SC_CLK_TCK")
-        return sum(ticks) / second, (sum(ticks) - ticks[3] - ticks[4]) / second, time.process_time()
+        return sum(ticks) / second, (sum(ticks) - idle - waiting) / second, time.process_time()
 
 
 def processor() -> str:
-    """The processor's name, with family and model where the name says little."""
+    """The processor's name, with family and model where the system tells them."""
     facts: dict[str, str] = {}
-    with open("/proc/cpuinfo", encoding="utf-8") as file:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
         for line in file:
             key, _, value = line.partition(":")
             facts.setdefault(key.strip(), value.strip())

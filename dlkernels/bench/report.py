@@ -11,6 +11,7 @@ from typing import Any
 from dlkernels.bench.harness import Row
 from dlkernels.bench.machine import Roofs, dtype_name
 
+DISTURBED_PERCENT = 10.0  # of the processors' time taken by others: then a row says little, however narrow its interval
 SURELY_SLOW = 0.90  # a row is surely slower when its whole interval lies under this
 
 Record = dict[str, Any]
@@ -50,6 +51,7 @@ def record(row: Row, roofs: Roofs) -> Record:
         "roof": roof,
         "ours_error": row.error_ours,
         "torch_error": row.error_theirs,
+        "others_percent": row.others * 100,
     }
 
 
@@ -68,7 +70,7 @@ COLUMNS = (
     *("list", "shape", "variant", "direction", "dtype"),
     *("ours_ms", "ours_mad_ms", "torch_ms", "torch_mad_ms", "ratio", "ratio_low", "ratio_high"),
     *("repeats", "calls_per_repeat", "ours_gflops", "torch_gflops", "ours_gbs", "roof_percent", "roof"),
-    *("ours_error", "torch_error", "reason"),
+    *("ours_error", "torch_error", "others_percent", "reason"),
 )
 
 
@@ -120,7 +122,12 @@ def line(row: Record) -> str:
     return (
         f"{what} {ours:>14} {theirs:>14} {row['ratio']:>10.2f} {interval:10} {row['ours_gflops']:>8.1f}"
         f" {row['ours_gbs']:>6.1f} {roof:>10} {row['ours_error']:>8.1e} {row['torch_error']:>8.1e}"
+        f"{' disturbed' * disturbed(row)}"
     )
+
+
+def disturbed(row: Record) -> bool:
+    return row.get("others_percent", 0.0) > DISTURBED_PERCENT
 
 
 def summary_text(records: list[Record]) -> str:
