@@ -13,9 +13,7 @@ namespace {
 
 std::mt19937 generator(0);
 
-int64_t draw(int64_t low, int64_t high) {
-  return std::uniform_int_distribution<int64_t>(low, high)(generator);
-}
+int64_t draw(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
 
 // A 4-D tensor of small integers in a buffer that ends with its last element.
 template <class T>
