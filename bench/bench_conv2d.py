@@ -1,4 +1,4 @@
-"""Measures conv2d and keeps the table and the roofline in bench/results/.
+"""Measures conv2d and keeps the table in bench/results/.
 
     python bench/bench_conv2d.py [--suite quick] [--dtype float32] [--precision highest] [--threads N] [--device cpu]
 
@@ -32,7 +32,6 @@ def main() -> int:
     ]
     stem = "_".join(words)
     args.table = args.table or RESULTS / f"{stem}.tsv"
-    args.figure = args.figure or RESULTS / f"{stem}.png"
     return cli.run(args)
 
 
