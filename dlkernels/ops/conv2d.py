@@ -93,10 +93,13 @@ register_autocast(_forward)
 
 @torch.library.register_fake("dlkernels::conv2d")
 def _conv2d_fake(input, weight, bias, stride, padding, dilation, groups):
-    torch._check(
-        input.device == weight.device,
-        lambda: f"conv2d: weight must be on the device of input ({input.device}), got {weight.device}",
-    )
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        torch._check(
+            tensor is None or tensor.device == input.device,
+            lambda name=name, tensor=tensor: (
+                f"conv2d: {name} must be on the device of input ({input.device}), got {tensor.device}"
+            ),
+        )
     torch._check(
         input.size(1) == weight.size(1) * groups,
         lambda: f"conv2d: input must have {weight.size(1) * groups} channels, got {list(input.shape)}",
@@ -105,17 +108,21 @@ def _conv2d_fake(input, weight, bias, stride, padding, dilation, groups):
     for i in range(2):
         room = input.size(2 + i) + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (weight.size(2 + i) - 1) - 1
         size.append(room // stride[i] + 1)
-    return input.new_empty(size).contiguous(memory_format=_memory_format(input, weight))
+    return _empty(input, size, _memory_format(input, weight))
 
 
 @torch.library.register_fake("dlkernels::conv2d_backward")
 def _conv2d_backward_fake(grad, input, weight, stride, padding, dilation, groups, output_mask):
     layout = _memory_format(input, weight)
     return (
-        input.new_empty(input.shape).contiguous(memory_format=layout) if output_mask[0] else None,
-        weight.new_empty(weight.shape).contiguous(memory_format=layout) if output_mask[1] else None,
+        _empty(input, input.shape, layout) if output_mask[0] else None,
+        _empty(weight, weight.shape, layout) if output_mask[1] else None,
         weight.new_empty(weight.size(0)) if output_mask[2] else None,
     )
+
+
+def _empty(like: Tensor, size, layout: torch.memory_format) -> Tensor:
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
 def _memory_format(*tensors: Tensor) -> torch.memory_format:
@@ -235,6 +242,8 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
 
 
 def _run(name, input, weight, bias, stride, padding, dilation, groups):
+    if isinstance(groups, bool):
+        raise TypeError("conv2d: groups must be an int, got a bool")
     input, weight, bias = cast((input, weight, bias), autocast_dtype(input.device.type))
     if name == "reference":
         return _reference_conv2d(input, weight, bias, stride, padding, dilation, groups)
