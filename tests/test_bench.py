@@ -15,7 +15,7 @@ import dlkernels
 from dlkernels.bench import cli, conv2d, harness, machine, report, shapes
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOFS = machine.Roofs({"float32": 100e9, "bfloat16": 800e9}, 10e9)
+ROOFS = machine.Roofs({"FMA float32": 100e9, "AMX bfloat16": 800e9}, 10e9)
 
 
 def tick(call, job, slot, batch):
@@ -396,6 +396,13 @@ def test_roofline_is_drawn(records, tmp_path):
     pytest.importorskip("matplotlib")
     report.draw_roofline(tmp_path / "roof.png", ROOFS, records, "toys")
     assert (tmp_path / "roof.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_units():
+    """A dtype without a unit of its own is computed in float32."""
+    assert ROOFS.unit(torch.float32) == ROOFS.unit(torch.float16) == "FMA float32"
+    assert ROOFS.unit(torch.bfloat16) == "AMX bfloat16"
+    assert ROOFS.seconds(8e9, 1.0, torch.bfloat16) == (0.01, "AMX")
 
 
 # ---- command line ---------------------------------------------------------------------------------

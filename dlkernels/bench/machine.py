@@ -1,7 +1,8 @@
 """What a table must say about the machine, and the roofs that percentages refer to, measured in the same run.
 
-The roofs are what torch reaches, not what the silicon could: torch.mm of two square matrices, copy_ of a large tensor.
-A kernel can be above either: a convolution can save multiplications, and a small tensor lives in a cache.
+On a CPU the arithmetic roofs are loops on registers alone (csrc/cpu/roofs.cpp), on a GPU torch.mm of square matrices;
+the memory roof is copy_ of a large tensor. A kernel can be above either: a convolution can save multiplications, and a
+small tensor lives in a cache.
 """
 
 import contextlib
@@ -15,21 +16,28 @@ from dataclasses import dataclass
 import torch
 
 MM_SIZE = 2048
+ROOF_ROUNDS = 20_000  # of the register loops: some milliseconds
 COPY_BYTES = 256 << 20
 ROOF_S = 0.4  # each roof is measured for this long, and at least three times
 
 
 @dataclass(frozen=True)
 class Roofs:
-    """Rates: FLOP/s of torch.mm by dtype, bytes/s of copy_ (read and written)."""
+    """Rates: FLOP/s of each unit, named "<unit> <dtype>", and bytes/s of copy_ (read and written)."""
 
-    mm: dict[str, float]
+    arithmetic: dict[str, float]
     copy: float
+
+    def unit(self, dtype: torch.dtype) -> str:
+        """The unit for this dtype: its own, else the float32 one, which converted numbers go through."""
+        own = (name for name in self.arithmetic if name.endswith(f" {dtype_name(dtype)}"))
+        return next(own, next(iter(self.arithmetic)))
 
     def seconds(self, flops: float, bytes: float, dtype: torch.dtype) -> tuple[float, str]:
         """The shortest time under the roofs, and the name of the roof that sets it."""
-        by_mm, by_copy = flops / self.mm[dtype_name(dtype)], bytes / self.copy
-        return (by_mm, "mm") if by_mm >= by_copy else (by_copy, "copy")
+        unit = self.unit(dtype)
+        by_unit, by_copy = flops / self.arithmetic[unit], bytes / self.copy
+        return (by_unit, unit.split()[0]) if by_unit >= by_copy else (by_copy, "copy")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -37,14 +45,28 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def measure_roofs(dtype: torch.dtype, device: str = "cpu") -> Roofs:
-    """torch.mm in float32, bfloat16 and `dtype`, and copy_: the best of several, for a roof is what can be reached."""
-    mm = {}
-    for kind in dict.fromkeys((torch.float32, torch.bfloat16, dtype)):
-        a, b = (torch.randn(MM_SIZE, MM_SIZE, device=device).to(kind) for _ in "ab")
-        mm[dtype_name(kind)] = 2.0 * MM_SIZE**3 / _least_seconds(lambda a=a, b=b: torch.mm(a, b), device)
+    """The best of several runs each, for a roof is what can be reached."""
     source = torch.zeros(COPY_BYTES, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
-    return Roofs(mm, 2.0 * COPY_BYTES / _least_seconds(lambda: target.copy_(source), device))
+    copy = 2.0 * COPY_BYTES / _least_seconds(lambda: target.copy_(source), device)
+    return Roofs(_matmul_rates(dtype) if device == "cuda" else _register_rates(), copy)
+
+
+def _register_rates() -> dict[str, float]:
+    """FLOP/s of fused multiply-adds, and of AMX tiles where the library in use has them, on all threads."""
+    loops = torch.ops.dlkernels
+    fma = loops.roof_fma(ROOF_ROUNDS) / _least_seconds(lambda: loops.roof_fma(ROOF_ROUNDS), "cpu")
+    amx = loops.roof_amx(ROOF_ROUNDS) / _least_seconds(lambda: loops.roof_amx(ROOF_ROUNDS), "cpu")
+    return {"FMA float32": fma, "FMA float64": fma / 2} | ({"AMX bfloat16": amx} if amx else {})
+
+
+def _matmul_rates(dtype: torch.dtype) -> dict[str, float]:
+    rates = {}
+    for kind in dict.fromkeys((torch.float32, torch.bfloat16, dtype)):
+        a, b = (torch.randn(MM_SIZE, MM_SIZE, device="cuda").to(kind) for _ in "ab")
+        seconds = _least_seconds(lambda a=a, b=b: torch.mm(a, b), "cuda")
+        rates[f"mm {dtype_name(kind)}"] = 2.0 * MM_SIZE**3 / seconds
+    return rates
 
 
 def _least_seconds(call, device):

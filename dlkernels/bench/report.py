@@ -146,7 +146,7 @@ def summary_text(records: list[Record]) -> str:
 
 
 def roofs_text(roofs: Roofs) -> str:
-    rates = ", ".join(f"torch.mm {name} {rate * 1e-9:.0f} GFLOP/s" for name, rate in roofs.mm.items())
+    rates = ", ".join(f"{name} {rate * 1e-9:.0f} GFLOP/s" for name, rate in roofs.arithmetic.items())
     return f"{rates}, copy_ {roofs.copy * 1e-9:.1f} GB/s"
 
 
@@ -171,7 +171,7 @@ def write_json(path, machine: dict, roofs: Roofs, operators: dict[str, list[Reco
     """Everything: the machine, the roofs, every row and the summary of each operator."""
     content = {
         "machine": machine,
-        "roofs": {"mm_gflops": {k: v * 1e-9 for k, v in roofs.mm.items()}, "copy_gbs": roofs.copy * 1e-9},
+        "roofs": {"arithmetic_gflops": {k: v * 1e-9 for k, v in roofs.arithmetic.items()}, "copy_gbs": roofs.copy * 1e-9},
         "operators": {name: {"rows": rows, "summary": summarise(rows)} for name, rows in operators.items()},
     }
     write_atomically(path, json.dumps(_without_nan(content), indent=1, ensure_ascii=False) + "\n")
@@ -248,11 +248,11 @@ def draw_roofline(path, roofs: Roofs, records: list[Record], title: str) -> None
         intensity = [row["ours_gflops"] / row["ours_gbs"] for row in measured]
         speeds = [row[column] for row in measured]
         axes.scatter(intensity, speeds, s=18, c=colour, marker=marker, alpha=0.7, label=label)
-    for (name, rate), style in zip(roofs.mm.items(), ("-", "--", ":"), strict=False):
+    for (name, rate), style in zip(roofs.arithmetic.items(), ("-", "--", ":"), strict=False):
         ridge = rate / roofs.copy  # the bandwidth's slope meets the ceiling here
         ends = [min(0.5, ridge / 4), ridge, max(500.0, ridge * 4)]
         under = [min(rate, roofs.copy * x) * 1e-9 for x in ends]
-        axes.plot(ends, under, style, color="black", linewidth=1, label=f"copy_ and torch.mm {name}")
+        axes.plot(ends, under, style, color="black", linewidth=1, label=f"copy_ and {name}")
     axes.set(
         xscale="log",
         yscale="log",

@@ -4,6 +4,7 @@ Letters: N batch; C, H, W input channels, rows, columns; K output channels; R, S
 rows, columns; G groups. A tap is one position (r, s) of the kernel.
 """
 
+import functools
 from contextlib import nullcontext
 from itertools import product
 from typing import NamedTuple
@@ -52,7 +53,7 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     with _autocast_off(input.device.type):
         x = _padded(input, geometry)  # (N, G, C/G, H + top + bottom, W + left + right)
         w = _split(weight, 0, groups)  # (G, K/G, C/G, R, S)
-        y = sum(  # (N, G, K/G, P, Q)
+        y = _sum(  # (N, G, K/G, P, Q)
             torch.einsum("ngcpq,gkc->ngkpq", x[..., rows, columns], w[..., r, s])
             for r, s, rows, columns in _taps(weight, geometry)
         )
@@ -111,7 +112,7 @@ def _input_gradient(g, input, weight, geometry):
     top, bottom, left, right = geometry.padding
     H, W = input.shape[2:]
     w = _split(weight, 0, geometry.groups)
-    x_grad = sum(  # (N, G, C/G, H + top + bottom, W + left + right)
+    x_grad = _sum(  # (N, G, C/G, H + top + bottom, W + left + right)
         _put_back(torch.einsum("ngkpq,gkc->ngcpq", g, w[..., r, s]), rows, columns, H + top + bottom, W + left + right)
         for r, s, rows, columns in _taps(weight, geometry)
     )
@@ -132,6 +133,10 @@ def _put_back(part, rows, columns, height, width):
         part, -1, columns.start, columns.stop, columns.step
     )  # (..., P, width)
     return part.new_zeros(*part.shape[:-2], height, width).slice_scatter(lines, -2, rows.start, rows.stop, rows.step)
+
+
+def _sum(parts) -> Tensor:
+    return functools.reduce(torch.add, parts)
 
 
 def _taps(weight, geometry):
@@ -165,7 +170,7 @@ class _Geometry(NamedTuple):
     stride: tuple  # rows, columns
     padding: tuple  # top, bottom, left, right
     dilation: tuple  # rows, columns
-    groups: int
+    groups: int | torch.SymInt
     P: int
     Q: int
 
