@@ -56,7 +56,12 @@ gpu:  ## build, CUDA tests and tables with PYTHON's own torch (ninja, pybind11, 
 	mkdir -p $(OUT)
 	$(PYTHON) -m dlkernels info
 	$(PYTHON) -m dlkernels check
-	$(PYTHON) -m dlkernels bench all --suite quick --device cuda --json $(OUT)/cuda_quick.json
+	for op in $$($(PYTHON) -c "from dlkernels.bench.cli import operators; print(*operators())"); do \
+	  for dtype in float32 bfloat16; do \
+	    $(PYTHON) -m dlkernels bench $$op --suite quick --device cuda --dtype $$dtype \
+	      --table $(OUT)/$${op}_quick_$${dtype}_cuda.tsv || exit 1; \
+	  done; \
+	done
 
 clean:
 	rm -rf build dist *.egg-info dlkernels/*.so dlkernels/lib/*.so $(VENV)

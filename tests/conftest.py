@@ -1,12 +1,26 @@
 """Fixtures of all tests: a fixed seed, the process's settings put back, and the devices of this machine."""
 
 import random
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy
 import pytest
 import torch
 
 from dlkernels.testing import devices
+
+# On a machine with pytest and torch alone (make gpu), the tests that are written with hypothesis are left out, aloud.
+collect_ignore = (
+    []
+    if find_spec("hypothesis")
+    else [path.name for path in Path(__file__).parent.glob("test_*.py") if "\nfrom hypothesis" in path.read_text()]
+)
+
+
+def pytest_report_header():
+    """What this machine cannot run, at the top of the output."""
+    return f"left out, hypothesis is not installed: {', '.join(sorted(collect_ignore))}" if collect_ignore else None
 
 
 @pytest.fixture(autouse=True)
