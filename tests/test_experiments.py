@@ -6,11 +6,11 @@ import signal
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -44,7 +44,7 @@ class TestCommandLine:
         ("words", "message"),
         [
             (["run", "nonsense"], "no topic 'nonsense'; there are"),
-            (["run"], "TOPIC"),
+            (["run"], "Missing argument"),
             (["run", "basic_classifiers", "--fast"], "--fast"),
             (["run", "basic_classifiers", "--seed", "x"], "seed"),
             (["run", "basic_classifiers", "--seed", "-1"], "seed"),
@@ -108,16 +108,28 @@ def test_smoke_run_of_every_topic(topic, tmp_path, capsys):
     assert captured.err == ""  # no progress bar where there is no terminal
 
 
-class TestBasicClassifiers:
-    @pytest.fixture(scope="class")
-    def folder(self, tmp_path_factory):
-        """One smoke run for all that only look."""
-        out = tmp_path_factory.mktemp("run")
-        assert cli.main(["run", "basic_classifiers", "--smoke", "--out", str(out)]) == 0
-        return out
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """One smoke run for all that only look."""
+    out = tmp_path_factory.mktemp("run")
+    assert cli.main(["run", "basic_classifiers", "--smoke", "--out", str(out)]) == 0
+    return out
 
-    def test_metrics(self, folder):
-        results = metrics(folder)["results"]
+
+@pytest.fixture(scope="module")
+def trained_folder(tmp_path_factory):
+    """A folder with a trained CNN."""
+    out = tmp_path_factory.mktemp("trained")
+    problem = basic_classifiers.load(options(out, form="quick"))
+    cnn, _ = basic_classifiers._twins(problem, options(out))
+    result = basic_classifiers.train_network(problem, options(out, form="quick"), "CNN", cnn)
+    basic_classifiers.save_model(problem, result, out / "model.pt")
+    return out
+
+
+class TestBasicClassifiers:
+    def test_metrics(self, run_folder):
+        results = metrics(run_folder)["results"]
         classifiers = results["classifiers"]
         assert list(classifiers) == ["softmax regression", "3-nearest neighbours", "MLP", "CNN"]
         assert classifiers["softmax regression"]["accuracy"] > 0.85
@@ -126,12 +138,12 @@ class TestBasicClassifiers:
         matrix = np.array(results["confusion_matrix_of_the_cnn"])
         assert matrix.trace() / matrix.sum() == pytest.approx(classifiers["CNN"]["accuracy"])
 
-    def test_figures(self, folder):
+    def test_figures(self, run_folder):
         expected = ["curves", "confusion", "by_class", "mistakes", "templates", "filters", "layers"]
-        assert metrics(folder)["figures"] == [f"{name}.png" for name in expected]
+        assert metrics(run_folder)["figures"] == [f"{name}.png" for name in expected]
 
-    def test_the_first_steps_are_those_of_torchs_layers(self, folder):
-        layers = metrics(folder)["results"]["layers"]
+    def test_the_first_steps_are_those_of_torchs_layers(self, run_folder):
+        layers = metrics(run_folder)["results"]["layers"]
         ours, theirs = layers["loss"].values()
         assert len(ours) == len(theirs)
         assert ours[:3] == pytest.approx(theirs[:3], rel=1e-5)
@@ -150,14 +162,16 @@ class TestBasicClassifiers:
         assert len(losses[0]) >= 18
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
-    def test_runs_are_repeatable(self, folder, tmp_path):
+    def test_runs_are_repeatable(self, run_folder, tmp_path):
         assert cli.main(["run", "basic_classifiers", "--smoke", "--out", str(tmp_path / "again")]) == 0
-        first, second = metrics(folder)["results"], metrics(tmp_path / "again")["results"]
+        first, second = metrics(run_folder)["results"], metrics(tmp_path / "again")["results"]
         assert first["layers"]["loss"] == second["layers"]["loss"]
         assert first["confusion_matrix_of_the_cnn"] == second["confusion_matrix_of_the_cnn"]
 
     @pytest.mark.parametrize("stop_at", [3, 40])
-    def test_ctrl_c_leaves_a_usable_report_and_the_same_command_continues(self, stop_at, folder, tmp_path, monkeypatch):
+    def test_ctrl_c_leaves_a_usable_report_and_the_same_command_continues(
+        self, stop_at, run_folder, tmp_path, monkeypatch
+    ):
         """Ctrl-C in the MLP or in the CNN; continued, the run ends in the same numbers as one without a pause."""
         calls = iter(range(10**6))
         loss = basic_classifiers.cross_entropy
@@ -173,7 +187,7 @@ class TestBasicClassifiers:
         assert metrics(tmp_path)["interrupted"] is True
         assert "This run was interrupted" in (tmp_path / "report.html").read_text()
         assert cli.main(["run", "basic_classifiers", "--smoke", "--out", str(tmp_path)]) == 0
-        assert metrics(tmp_path)["results"]["layers"]["loss"] == metrics(folder)["results"]["layers"]["loss"]
+        assert metrics(tmp_path)["results"]["layers"]["loss"] == metrics(run_folder)["results"]["layers"]["loss"]
         assert not list(tmp_path.glob("*.unfinished.pt"))
 
     def test_ctrl_c_outside_of_training_leaves_a_report_too(self, tmp_path, monkeypatch):
@@ -186,12 +200,8 @@ class TestBasicClassifiers:
 
     def test_hostile_class_names_are_only_text(self, tmp_path):
         name = "<script>alert(1)</script> $\\frac{"
-        loaded = data.digits()
         problem = basic_classifiers.load(options(tmp_path, form="smoke"))
-        problem = basic_classifiers.Problem(
-            data.Images(name, loaded.train_x, loaded.train_y, loaded.test_x, loaded.test_y, (name,) * 10, 16),
-            *(problem.x, problem.y, problem.test_x, problem.test_y, problem.mean, problem.deviation),
-        )
+        problem = replace(problem, images=replace(problem.images, name=name, classes=(name,) * 10))
         cnn, _ = basic_classifiers._twins(problem, options(tmp_path))
         predicted = training.outputs(cnn, problem.test_x).argmax(dim=1)
         results = [
@@ -225,18 +235,6 @@ class TestBasicClassifiers:
 
 
 class TestPredict:
-    @pytest.fixture(scope="class")
-    def folder(self, tmp_path_factory):
-        """A folder with a trained CNN."""
-        out = tmp_path_factory.mktemp("trained")
-        problem = basic_classifiers.load(options(out, form="quick"))
-        cnn, _ = basic_classifiers._twins(problem, options(out))
-        plan = training.Plan(epochs=8, batch_size=32)
-        training.fit(cnn, basic_classifiers.cross_entropy, (problem.x, problem.y), plan)
-        result = basic_classifiers.Result("CNN", 0, 0.0, torch.empty(0), training.History(), cnn)
-        basic_classifiers.save_model(problem, result, out / "model.pt")
-        return out
-
     def picture(self, path, image, paper):
         """A test digit, 20 times as large with a margin, white on black or black on white paper."""
         image_module = pytest.importorskip("PIL.Image")
@@ -245,22 +243,24 @@ class TestPredict:
         image_module.fromarray((255 * grey).astype(np.uint8)).save(path)
 
     @pytest.mark.parametrize("paper", [False, True])
-    def test_digits_are_recognised_from_files(self, paper, folder, tmp_path, capsys):
+    def test_digits_are_recognised_from_files(self, paper, trained_folder, tmp_path, capsys):
         loaded = data.digits()
         right = 0
         for image, label in zip(loaded.test_x[:40], loaded.test_y[:40], strict=True):
             self.picture(tmp_path / "digit.png", image[0], paper)
-            assert cli.main(["predict", "basic_classifiers", str(tmp_path / "digit.png"), "--out", str(folder)]) == 0
+            assert (
+                cli.main(["predict", "basic_classifiers", str(tmp_path / "digit.png"), "--out", str(trained_folder)])
+                == 0
+            )
             lines = capsys.readouterr().out.splitlines()
             assert ("inverted" in lines[0]) == paper
             assert "fitted into 8 of 8 x 8 pixels" in lines[0]
-            answers = [line.split() for line in lines if "%  " in line]
-            assert len(answers) == 10
+            answers = [line.split() for line in lines[-10:]]
             assert sum(float(answer[1]) for answer in answers) == pytest.approx(100, abs=0.6)
             right += answers[0][0] == str(label)
         assert right >= 36
 
-    def test_what_cannot_be_read_is_one_clear_error(self, folder, tmp_path, capsys):
+    def test_what_cannot_be_read_is_one_clear_error(self, trained_folder, tmp_path, capsys):
         image_module = pytest.importorskip("PIL.Image")
         image_module.new("L", (50, 50), 255).save(tmp_path / "blank.png")
         (tmp_path / "text.png").write_text("not an image")
@@ -269,7 +269,7 @@ class TestPredict:
             ("text.png", "not a readable image"),
             ("none.png", "missing"),
         ):
-            words = ["predict", "basic_classifiers", str(tmp_path / name), "--out", str(folder)]
+            words = ["predict", "basic_classifiers", str(tmp_path / name), "--out", str(trained_folder)]
             assert cli.main(words) == 1
             error = capsys.readouterr().err
             assert name in error
@@ -280,12 +280,12 @@ class TestPredict:
         assert cli.main(["predict", "basic_classifiers", "x.png"]) == 1
         assert "Run `dlkernels run basic_classifiers` first" in capsys.readouterr().err
 
-    def test_transparent_paper_is_white(self, folder, tmp_path):
+    def test_transparent_paper_is_white(self, trained_folder, tmp_path):
         image_module = pytest.importorskip("PIL.Image")
         picture = np.zeros((40, 40, 4), dtype=np.uint8)
         picture[5:35, 18:24, 3] = 255  # an opaque black stroke on nothing
         image_module.fromarray(picture).save(tmp_path / "one.png")
-        state = basic_classifiers.load_model(folder / "model.pt")
+        state = basic_classifiers.load_model(trained_folder / "model.pt")
         image, steps = basic_classifiers.prepare(tmp_path / "one.png", state)
         assert image.shape == (1, 8, 8)
         assert any("inverted" in step for step in steps)

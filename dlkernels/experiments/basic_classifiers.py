@@ -303,9 +303,7 @@ def tell_accuracies(problem: Problem, results: list[Result], report: Report) -> 
     )
     if results:
         best = max(results, key=partial(_accuracy, problem))
-        report.headline(
-            _percent(_accuracy(problem, best)), f"of unseen images are recognised by the best, the {best.name}"
-        )
+        report.headline(_percent(_accuracy(problem, best)), f"of unseen images are recognised by the best, {best.name}")
         report.headline(_percent(_accuracy(problem, results[0])), f"by the simplest, {results[0].name}")
     trained = [result for result in results if result.history.loss]
     if trained:
@@ -439,17 +437,14 @@ def draw_mistakes(problem: Problem, probabilities: Tensor, rows: int = 2, column
     certainty, said = probabilities.max(dim=1)
     order = torch.where(said == target, 1 - certainty, 1 + certainty).argsort(descending=True, stable=True)
     classes = problem.images.classes
-    with figure(9.6, 2 * rows + 0.5) as drawn:
-        for axes, index in zip(drawn.subplots(rows, columns).flat, order.tolist(), strict=False):
-            right = bool(said[index] == target[index])
-            _show(axes, problem.images.test_x[index], problem.images.white)
+    with figure(9.6, 2 * rows + 0.2) as drawn:
+        axes = drawn.subplots()
+        for place, index in enumerate(order[: rows * columns].tolist()):
             answer, truth = _plain(classes[said[index]]), _plain(classes[target[index]])
-            axes.set_title(
-                f"says {answer} ({100 * certainty[index]:.0f} %)\nis {truth}",
-                color=COLOURS[0] if right else COLOURS[1],
-                fontsize=10,
-                loc="center",
-            )
+            title = f"says {answer} ({100 * certainty[index]:.0f} %)\nis {truth}"
+            colour = COLOURS[0] if said[index] == target[index] else COLOURS[1]
+            picture = problem.images.test_x[index].transpose(1, 2, 0).squeeze() / problem.images.white
+            _show(axes, picture, divmod(place, columns), title, colour, cmap="gray", vmin=0, vmax=1)
         return drawn
 
 
@@ -488,16 +483,28 @@ def draw_weights(weights: Tensor, names: list[str], title: str) -> Any:
     limit = float(np.abs(pictures).max()) or 1.0
     columns = 8 if len(names) > 10 else 5
     rows = -(-len(names) // columns)
-    with figure(9.6, 0.7 + rows * 10.4 / columns * 0.86) as drawn:
-        drawn.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=12)
-        grid = drawn.subplots(rows, columns, squeeze=False)
-        for axes in grid.flat:
-            axes.set_axis_off()
-        for axes, picture, name in zip(grid.flat, pictures, names, strict=False):
-            shown = axes.imshow(picture, cmap="RdBu", vmin=-limit, vmax=limit)
-            axes.set_title(name, fontsize=10, weight="normal", loc="center")
-        drawn.colorbar(shown, ax=grid, label="weight", shrink=0.85, pad=0.02)
+    with figure(9.6, 0.6 + rows * 1.25 * 8.3 / columns) as drawn:
+        axes = drawn.subplots()
+        for place, (picture, name) in enumerate(zip(pictures, names, strict=True)):
+            shown = _show(axes, picture, divmod(place, columns), name, cmap="RdBu", vmin=-limit, vmax=limit)
+        axes.set_title(title)
+        drawn.colorbar(shown, ax=axes, label="weight", shrink=0.85, pad=0.02)
         return drawn
+
+
+def _show(
+    axes: Any, picture: np.ndarray, place: tuple[int, int], title: str, colour: str = "black", **look: Any
+) -> Any:
+    """Draw a picture with a title at (row, column) of a grid in one pair of axes: far quicker than axes for each."""
+    height = 1.25 + 0.17 * title.count("\n")
+    left, bottom = 1.08 * place[1], -height * place[0]
+    extent = (left, left + 1, bottom, bottom + 1)
+    shown = axes.imshow(picture, extent=extent, **look)
+    axes.text(left + 0.5, bottom + 1.03, title, ha="center", va="bottom", fontsize=10, color=colour)
+    axes.set_axis_off()
+    right, top = max(axes.dataLim.x1, left + 1), height
+    axes.set(xlim=(0, right), ylim=(bottom, top))
+    return shown
 
 
 def tell_layers(problem: Problem, ours: Result, theirs: Result, compared: int, report: Report) -> None:
@@ -538,9 +545,9 @@ def tell_layers(problem: Problem, ours: Result, theirs: Result, compared: int, r
     report.figure(
         "layers",
         draw_layers(ours.history.loss, theirs.history.loss, compared),
-        "Left: the two losses, smoothed over neighbouring steps; they lie on top of each other. Right: the difference "
-        "of the two losses, step by step, both axes logarithmic. It starts at the rounding of float32 (dashed), or "
-        "below where both round to the same number, and training amplifies it.",
+        "Left: the two losses, smoothed over neighbouring steps; for a long time one covers the other. Right: the "
+        "difference of the two losses, step by step, both axes logarithmic. It starts at the rounding of float32 "
+        "(dashed), or below where both round to the same number, and training amplifies it.",
         "The loss of the CNN on both layers, and the difference of the two.",
     )
 
@@ -590,15 +597,6 @@ def _colour(name: str) -> str:
 def _plain(name: str) -> str:
     """A class name for matplotlib, in which a dollar sign would start a formula."""
     return name.replace("$", r"\$")
-
-
-def _show(axes: Any, image: np.ndarray, white: int) -> None:
-    """Draw an image (channels, H, W) of 0..white."""
-    if len(image) == 1:
-        axes.imshow(image[0], cmap="gray", vmin=0, vmax=white)
-    else:
-        axes.imshow(image.transpose(1, 2, 0) / white)
-    axes.set_axis_off()
 
 
 # -------------------------------------------------------------------------------------------------- the trained model
@@ -718,7 +716,7 @@ def _ink(images: data.Images) -> float:
         box = _bounding_box(image[0] / images.white)
         if box:
             sides.append(max(side.stop - side.start for side in box) / image.shape[1])
-    return statistics.median(sides) if sides else 1.0
+    return float(statistics.median(sides)) if sides else 1.0
 
 
 def _drawn_in_text(image: np.ndarray) -> str:

@@ -19,7 +19,12 @@ from dlkernels.experiments.report import Report, write_index
 RUNS = Path("dlkernels-runs")
 BACKENDS = ("native", "reference", "torch")
 
-app = typer.Typer(add_completion=False, help="Experiments that teach deep learning from the inside.")
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,  # brackets in the help are brackets
+    pretty_exceptions_enable=False,
+    help="Experiments that teach deep learning from the inside.",
+)
 
 
 def main(argv: list[str]) -> int:
@@ -81,7 +86,7 @@ def run_command(
 
 @app.command("predict")
 def predict_command(
-    topic: Annotated[str, typer.Argument(help="basic_classifiers or rnn.")],
+    topic: Annotated[str, typer.Argument(help="A topic whose network can be asked, such as basic_classifiers.")],
     what: Annotated[str, typer.Argument(help="The path of an image, or a sentence.")],
     out: Annotated[Path | None, typer.Option(help="Folder of the run. [default: ./dlkernels-runs/TOPIC]")] = None,
 ) -> int:

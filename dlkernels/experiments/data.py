@@ -22,6 +22,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -113,11 +114,8 @@ class Table:
 
 def digits(seed: int = 0) -> Images:
     """scikit-learn's 1,797 real handwritten digits, 8x8 pixels of 0..16, split 80/20 with equal shares per class."""
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    x = bunch.images.astype(np.uint8)[:, None]
-    y = bunch.target.astype(np.int64)
+    rows = _inside_sklearn("digits.csv.gz", ",").astype(np.int64)
+    x, y = rows[:, :64].astype(np.uint8).reshape(-1, 1, 8, 8), rows[:, 64]
     train, test = stratified_split(y, 0.2, seed)
     return Images(
         name="scikit-learn's handwritten digits",
@@ -132,11 +130,17 @@ def digits(seed: int = 0) -> Images:
 
 def diabetes() -> Table:
     """scikit-learn's diabetes set in its original units: 442 patients, ten measurements and `target`."""
-    from sklearn.datasets import load_diabetes
+    names = ("age", "sex", "bmi", "bp", "s1", "s2", "s3", "s4", "s5", "s6")
+    columns = dict(zip(names, _inside_sklearn("diabetes_data_raw.csv.gz", None).T.copy(), strict=True))
+    return Table("scikit-learn's diabetes set", {**columns, "target": _inside_sklearn("diabetes_target.csv.gz", None)})
 
-    bunch = load_diabetes(scaled=False)
-    columns = {str(name): column.copy() for name, column in zip(bunch.feature_names, bunch.data.T, strict=True)}
-    return Table("scikit-learn's diabetes set", {**columns, "target": bunch.target})
+
+def _inside_sklearn(name: str, separator: str | None) -> np.ndarray:
+    """Numbers from a file of scikit-learn's package; importing scikit-learn itself would take a second or two."""
+    spec = find_spec("sklearn")
+    if spec is None or spec.origin is None:
+        raise DataError(f"{name}: comes with scikit-learn, which is not installed. Run `pip install scikit-learn`.")
+    return np.loadtxt(io.StringIO(_text(Path(spec.origin).parent / "datasets" / "data" / name)), delimiter=separator)
 
 
 def stratified_split(y: np.ndarray, test_share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
