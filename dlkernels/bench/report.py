@@ -171,7 +171,10 @@ def write_json(path, machine: dict, roofs: Roofs, operators: dict[str, list[Reco
     """Everything: the machine, the roofs, every row and the summary of each operator."""
     content = {
         "machine": machine,
-        "roofs": {"arithmetic_gflops": {k: v * 1e-9 for k, v in roofs.arithmetic.items()}, "copy_gbs": roofs.copy * 1e-9},
+        "roofs": {
+            "arithmetic_gflops": {name: rate * 1e-9 for name, rate in roofs.arithmetic.items()},
+            "copy_gbs": roofs.copy * 1e-9,
+        },
         "operators": {name: {"rows": rows, "summary": summarise(rows)} for name, rows in operators.items()},
     }
     write_atomically(path, json.dumps(_without_nan(content), indent=1, ensure_ascii=False) + "\n")
