@@ -56,9 +56,31 @@ void check_like_input(const char* op, const char* name, const Tensor& tensor, co
 
 using Ints = std::vector<int64_t>;
 
+// The tensor itself where it is contiguous, else a contiguous copy.
+template <class Tensor>
+Tensor to_contiguous(const Tensor& tensor);
+
+// Whether the tensor's dtype is stored as T: double, float, BFloat16, Half, int64_t or bool.
+template <class T, class Tensor>
+bool has_type(const Tensor& tensor);
+
+// An uninitialised contiguous tensor of T on input's device.
+template <class T, class Tensor>
+Tensor empty_of(const Tensor& input, const Ints& sizes);
+
 // An uninitialised tensor with input's dtype and device.
 template <class Tensor>
 Tensor empty_strided(const Tensor& input, const Ints& sizes, const Ints& strides);
+
+inline Ints contiguous_strides(const Ints& sizes) {
+  Ints strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t dim = sizes.size(); dim-- > 0;) {
+    strides[dim] = stride;
+    stride *= sizes[dim] > 1 ? sizes[dim] : 1;
+  }
+  return strides;
+}
 
 // Calls run(T{}) with the storage type T of the tensor's dtype: double, float, BFloat16 or Half; others are an error.
 template <class Tensor, class Run>

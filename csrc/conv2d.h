@@ -145,8 +145,8 @@ Conv2dShape check_conv2d_backward(const Tensor& grad, const Tensor& input, const
 
 // ---- from tensors to kernels, the same on every device ---------------------------------------------
 //
-// Kernels is the device's: constructed from a tensor (to take its device and stream), with members forward, grad_input,
-// grad_weight and grad_bias.
+// Kernels is the device's: constructed from a tensor (to take its device and stream), with members empty_strided,
+// forward, grad_input, grad_weight and grad_bias.
 
 // input (N, C, H, W), weight (K, C/G, R, S), bias (K) -> output (N, K, P, Q)
 template <class Kernels, class Tensor>
@@ -155,7 +155,8 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Ten
   const Conv2dShape shape = check_conv2d(input, weight, bias, stride, padding, dilation, groups);
   const Kernels kernels(input);
   const Ints sizes = {shape.N, shape.K, shape.P, shape.Q};
-  Tensor output = empty_strided(input, sizes, strides_4d(sizes, is_channels_last(input) || is_channels_last(weight)));
+  Tensor output =
+      kernels.empty_strided(input, sizes, strides_4d(sizes, is_channels_last(input) || is_channels_last(weight)));
   for_floating_type("conv2d", input, [&](auto type) {
     using T = decltype(type);
     const T* no_bias = nullptr;
@@ -182,18 +183,18 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_backward(const Tensor& grad, const Ten
     const auto grad_view = strided_4d((const T*)grad.const_data_ptr(), grad);
     if (output_mask[0]) {
       const Ints sizes = {shape.N, shape.C, shape.H, shape.W};
-      grad_input = empty_strided(input, sizes, strides_4d(sizes, channels_last));
+      grad_input = kernels.empty_strided(input, sizes, strides_4d(sizes, channels_last));
       kernels.grad_input(shape, grad_view, strided_4d((const T*)weight.const_data_ptr(), weight),
                          strided_4d((T*)grad_input.mutable_data_ptr(), grad_input));
     }
     if (output_mask[1]) {
       const Ints sizes = {shape.K, shape.C / shape.G, shape.R, shape.S};
-      grad_weight = empty_strided(weight, sizes, strides_4d(sizes, channels_last));
+      grad_weight = kernels.empty_strided(weight, sizes, strides_4d(sizes, channels_last));
       kernels.grad_weight(shape, grad_view, strided_4d((const T*)input.const_data_ptr(), input),
                           strided_4d((T*)grad_weight.mutable_data_ptr(), grad_weight));
     }
     if (output_mask[2]) {
-      grad_bias = empty_strided(weight, {shape.K}, {1});
+      grad_bias = kernels.empty_strided(weight, {shape.K}, {1});
       kernels.grad_bias(shape, grad_view, (T*)grad_bias.mutable_data_ptr());
     }
   });

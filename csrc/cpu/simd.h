@@ -7,7 +7,7 @@
 #include <new>
 
 #if defined(__x86_64__)
-#include <xmmintrin.h>
+#include <immintrin.h>
 #endif
 
 namespace dlkernels {
@@ -43,6 +43,47 @@ inline Vector<T> load_vector(const T* from) {
 template <class T>
 inline void store_vector(T* to, Vector<T> vector) {
   memcpy(to, &vector, sizeof vector);
+}
+
+// The first `count` < kLanes<T> elements at `from`, zeros behind them; and the way back. Memory further on is not
+// touched.
+template <class T>
+inline Vector<T> load_first(const T* from, int64_t count) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return (Vector<T>)_mm512_maskz_loadu_epi32(__mmask16((1u << count) - 1), from);
+  if constexpr (sizeof(T) == 8) return (Vector<T>)_mm512_maskz_loadu_epi64(__mmask8((1u << count) - 1), from);
+#endif
+  Vector<T> vector = {};
+  memcpy(&vector, from, count * sizeof(T));
+  return vector;
+}
+
+template <class T>
+inline void store_first(T* to, int64_t count, Vector<T> vector) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_epi32(to, __mmask16((1u << count) - 1), (__m512i)vector);
+  if constexpr (sizeof(T) == 8) return _mm512_mask_storeu_epi64(to, __mmask8((1u << count) - 1), (__m512i)vector);
+#endif
+  memcpy(to, &vector, count * sizeof(T));
+}
+
+// The sum of a vector's lanes, halves added to halves.
+template <class T, int LANES = kLanes<T>>
+inline T sum_of_lanes(const T (&lanes)[LANES]) {
+  if constexpr (LANES == 1) {
+    return lanes[0];
+  } else {
+    T halves[LANES / 2];
+    for (int i = 0; i < LANES / 2; ++i) halves[i] = lanes[i] + lanes[i + LANES / 2];
+    return sum_of_lanes<T, LANES / 2>(halves);
+  }
+}
+
+template <class T>
+inline T sum_of_lanes(Vector<T> vector) {
+  T lanes[kLanes<T>];
+  memcpy(lanes, &vector, sizeof vector);
+  return sum_of_lanes<T, kLanes<T>>(lanes);
 }
 
 // While it lives, this thread reads denormals as zero and flushes results that would be denormal: one denormal operand

@@ -5,17 +5,26 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include "../tensor.h"
+
 namespace dlkernels {
 
-// While it lives, the tensor's device is the current one; `stream` is torch's current stream there.
-class CurrentStream {
+// What the kernels of every operator on CUDA have in common. While it lives, the tensor's device is the current one;
+// `stream` is torch's current stream there.
+class CudaKernels {
  public:
-  template <class Tensor>
-  explicit CurrentStream(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+  explicit CudaKernels(const torch::stable::Tensor& tensor) : guard_(tensor.get_device_index()) {
     void* handle = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &handle));
     stream_ = static_cast<cudaStream_t>(handle);
   }
+
+  torch::stable::Tensor empty_strided(const torch::stable::Tensor& input, const Ints& sizes,
+                                      const Ints& strides) const {
+    return dlkernels::empty_strided(input, sizes, strides);
+  }
+
+ protected:
   cudaStream_t stream() const { return stream_; }
 
  private:

@@ -1,15 +1,14 @@
 // conv2d on the CPU: which strategy runs, and the operators' registration.
 #include "../../conv2d.h"
 
-#include "../../tensor.h"
+#include "../pool.h"
 #include "direct.h"
 
 namespace dlkernels {
 namespace {
 
-struct CpuConv2d {
-  template <class Tensor>
-  explicit CpuConv2d(const Tensor&) {}
+struct CpuConv2d : CpuKernels {
+  using CpuKernels::CpuKernels;
 
   template <class T>
   void forward(const Conv2dShape& shape, Strided4d<const T> input, Strided4d<const T> weight, const T* bias,

@@ -110,36 +110,31 @@ __global__ void conv2d_grad_bias(int64_t count, Conv2dShape shape, Strided4d<con
 
 // ---- launchers -----------------------------------------------------------------------------------
 
-class CudaConv2d {
- public:
-  template <class Tensor>
-  explicit CudaConv2d(const Tensor& input) : current_(input) {}
+struct CudaConv2d : CudaKernels {
+  using CudaKernels::CudaKernels;
 
   template <class T>
   void forward(const Conv2dShape& shape, Strided4d<const T> input, Strided4d<const T> weight, const T* bias,
                int64_t bias_stride, Strided4d<T> output) const {
-    launch_for_items(current_.stream(), "conv2d", shape.N * shape.K * shape.P * shape.Q, conv2d_forward<T>, shape,
-                     input, weight, bias, bias_stride, output);
+    launch_for_items(stream(), "conv2d", shape.N * shape.K * shape.P * shape.Q, conv2d_forward<T>, shape, input, weight,
+                     bias, bias_stride, output);
   }
   template <class T>
   void grad_input(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> weight,
                   Strided4d<T> grad_input) const {
-    launch_for_items(current_.stream(), "conv2d_backward", shape.N * shape.C * shape.H * shape.W, conv2d_grad_input<T>,
-                     shape, grad, weight, grad_input);
+    launch_for_items(stream(), "conv2d_backward", shape.N * shape.C * shape.H * shape.W, conv2d_grad_input<T>, shape,
+                     grad, weight, grad_input);
   }
   template <class T>
   void grad_weight(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> input,
                    Strided4d<T> grad_weight) const {
-    launch_block_per_item(current_.stream(), "conv2d_backward", shape.K * (shape.C / shape.G) * shape.R * shape.S,
+    launch_block_per_item(stream(), "conv2d_backward", shape.K * (shape.C / shape.G) * shape.R * shape.S,
                           conv2d_grad_weight<T>, shape, grad, input, grad_weight);
   }
   template <class T>
   void grad_bias(const Conv2dShape& shape, Strided4d<const T> grad, T* grad_bias) const {
-    launch_block_per_item(current_.stream(), "conv2d_backward", shape.K, conv2d_grad_bias<T>, shape, grad, grad_bias);
+    launch_block_per_item(stream(), "conv2d_backward", shape.K, conv2d_grad_bias<T>, shape, grad, grad_bias);
   }
-
- private:
-  CurrentStream current_;
 };
 
 }  // namespace
