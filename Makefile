@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: demo test lint format cuda-check gpu full-data build clean
 
 demo: build  ## the main job: train and compare a digit classifier, then time Conv2d against nn.Conv2d
-	$(BIN)/dlkernels run basic_classifiers --quick
+	$(BIN)/dlkernels run basic_classifiers
 	$(BIN)/dlkernels bench conv2d --suite quick
 
 test: build  ## every test that needs no GPU and no data files

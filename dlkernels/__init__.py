@@ -4,6 +4,20 @@ from . import _libraries, reference  # noqa: F401  (loads the operators)
 from ._backend import backend, set_backend
 from ._info import info
 from .ops.conv2d import Conv2d, conv2d
+from .ops.drop_norm import DropNorm, drop_mask, drop_norm
+from .ops.split_linear import SplitLinear, split_linear
 
 __version__ = "0.1.0"
-__all__ = ["Conv2d", "backend", "conv2d", "info", "reference", "set_backend"]
+__all__ = [
+    "Conv2d",
+    "DropNorm",
+    "SplitLinear",
+    "backend",
+    "conv2d",
+    "drop_mask",
+    "drop_norm",
+    "info",
+    "reference",
+    "set_backend",
+    "split_linear",
+]

@@ -1,45 +1,61 @@
 """`dlkernels check`: is this build right on this machine? Every operator, forward and backward, against float64."""
 
-import torch
-import torch.nn.functional as F
+import warnings
+from typing import Any
 
+import torch
+
+from ._backend import backend
 from .ops.conv2d import conv2d
-from .testing import DTYPES, Conv2dCase, compare, conv2d_cases, devices
+from .ops.drop_norm import drop_norm
+from .testing import DTYPES, compare, conv2d_cases, devices, drop_norm_cases
+
+# An operator, its cases (each makes its inputs and has the other arguments), and the names of the tensors it takes.
+# One kept feature is its own mean: its gradient is 0, and a relative error says nothing.
+OPERATORS = (
+    (conv2d, conv2d_cases(), ("input", "weight", "bias")),
+    (drop_norm, [case for case in drop_norm_cases() if case.kept != 1], ("input", "keep", "weight", "bias")),
+)
 
 
 def check_all() -> int:
     """Compares every operator with torch's on every device and prints a line for each; the number of failures."""
     failures = 0
-    for device in devices():
-        for dtype in DTYPES:
-            problems = [problem for case in conv2d_cases() if (problem := _problem(case, dtype, device))]
-            label = f"conv2d {device} {str(dtype).removeprefix('torch.')}"
-            print(f"{label:24} {len(conv2d_cases()) - len(problems)} of {len(conv2d_cases())} cases right")
-            for problem in problems:
-                print(f"  {problem}")
-            failures += len(problems)
+    for operator, cases, names in OPERATORS:
+        for device in devices():
+            for dtype in DTYPES:
+                problems = [text for case in cases if (text := _problem(operator, case, names, dtype, device))]
+                label = f"{operator.__name__} {device} {str(dtype).removeprefix('torch.')}"
+                print(f"{label:24} {len(cases) - len(problems)} of {len(cases)} cases right")
+                print("".join(f"  {problem}\n" for problem in problems), end="")
+                failures += len(problems)
     return failures
 
 
-def _problem(case: Conv2dCase, dtype: torch.dtype, device: str) -> str | None:
+def _problem(operator, case: Any, names: tuple, dtype: torch.dtype, device: str) -> str | None:
     """What is wrong with our output or gradients in this case, or None."""
     generator = torch.Generator().manual_seed(0)
-    inputs = [x for x in case.make_inputs(dtype, device, generator=generator) if x is not None]
+    inputs = case.make_inputs(dtype, device, generator=generator)
+    exact_inputs = [x.cpu().double() if x is not None and x.is_floating_point() else x for x in inputs]
+    exact_inputs = [x if x is None else x.cpu() for x in exact_inputs]
     try:
-        output = conv2d(*inputs, **case.arguments)
-        grad = torch.randn(output.shape, generator=generator).to(output)
-        ours, theirs = _results(conv2d, case, inputs, grad), _results(F.conv2d, case, inputs, grad)
-        exact = _results(F.conv2d, case, [x.cpu().double() for x in inputs], grad.cpu().double())
-        names = ("output", "gradient of input", "gradient of weight", "gradient of bias")
-        for name, a, b, c in zip(names, ours, theirs, exact, strict=False):
-            compare(a, b, c, dtype, gradient=name != "output", name=name)
+        grad = torch.randn(operator(*inputs, **case.arguments).shape, generator=generator).to(device, dtype)
+        ours = _results(operator, case, inputs, names, grad)
+        with backend("torch"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of padding="same" with even kernels, torch says that it copies
+            theirs = _results(operator, case, inputs, names, grad)
+            exact = _results(operator, case, exact_inputs, names, grad.cpu().double())
+        for name, result in ours.items():
+            compare(result, theirs[name], exact[name], dtype, gradient=name != "output", name=name)
     except (AssertionError, RuntimeError) as error:
         return f"{case.name}: {error}"
     return None
 
 
-def _results(function, case: Conv2dCase, tensors: list, grad: torch.Tensor) -> list:
-    """The output, and the gradient of every tensor when the output's is `grad`."""
-    tensors = [x.detach().requires_grad_() for x in tensors]
-    output = function(*tensors, **case.arguments)
-    return [output, *torch.autograd.grad(output, tensors, grad)]
+def _results(operator, case: Any, inputs, names: tuple, grad: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The output, and the gradient of every floating-point tensor when the output's is `grad`."""
+    tensors = [x.detach().requires_grad_() if x is not None and x.is_floating_point() else x for x in inputs]
+    output = operator(*tensors, **case.arguments)
+    wanted = {name: x for name, x in zip(names, tensors, strict=True) if x is not None and x.requires_grad}
+    grads = torch.autograd.grad(output, list(wanted.values()), grad)
+    return {"output": output} | {f"gradient of {name}": x for name, x in zip(wanted, grads, strict=True)}

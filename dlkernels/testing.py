@@ -185,3 +185,95 @@ _CONV2D_CASES = (
 def conv2d_cases() -> tuple:
     """The convolutions that tests, benchmarks and `dlkernels check` go through."""
     return _CONV2D_CASES
+
+
+@dataclass(frozen=True)
+class DropNormCase:
+    """One DropNorm: the rows and features of its input, how many features are dropped, and its arguments."""
+
+    name: str
+    rows: tuple  # leading dimensions, N together
+    features: tuple  # trailing dimensions, M together
+    dropped: int | None = None  # features; None: no mask
+    weight: bool = True
+    bias: bool = True
+    eps: float = 1e-5
+    rescale: bool = True
+
+    @property
+    def arguments(self) -> dict:
+        """Everything after the tensors, as drop_norm takes it."""
+        return {"eps": self.eps, "rescale": self.rescale}
+
+    @property
+    def kept(self) -> int:
+        """How many features are kept."""
+        return math.prod(self.features) - (self.dropped or 0)
+
+    def make_inputs(self, dtype, device="cpu", generator=None, parameter_dtype=None) -> tuple:
+        """Random (input, keep or None, weight or None, bias or None); the same numbers on every device.
+
+        weight and bias are in `parameter_dtype`, by default the input's.
+        """
+
+        def draw(shape, dtype):
+            return torch.randn(shape, dtype=torch.float64, generator=generator).to(device, dtype)
+
+        parameter_dtype = parameter_dtype or dtype
+        input = 2 * draw((*self.rows, *self.features), dtype) + 1
+        keep = None
+        if self.dropped is not None:
+            order = torch.randperm(math.prod(self.features), generator=generator)
+            keep = (order >= self.dropped).reshape(self.features).to(device)
+        weight = 1 + draw(self.features, parameter_dtype) / 2 if self.weight else None
+        return input, keep, weight, draw(self.features, parameter_dtype) if self.bias else None
+
+
+# As above, every one for a reason. Narrow features come with many rows: the error of a few numbers is luck.
+_DROP_NORM_CASES = (
+    # the everyday layers, and everything that may be left out
+    DropNormCase("half_dropped", (4, 7), (64,), 32),
+    DropNormCase("tenth_dropped", (4, 7), (64,), 6),
+    DropNormCase("no_rescale", (4, 7), (64,), 32, rescale=False),
+    DropNormCase("no_mask", (4, 7), (64,)),
+    DropNormCase("no_weight", (4, 7), (64,), 20, weight=False),
+    DropNormCase("no_bias", (4, 7), (64,), 20, bias=False),
+    DropNormCase("mask_only", (4, 7), (64,), 20, weight=False, bias=False),
+    DropNormCase("weight_only", (4, 7), (64,), bias=False),
+    DropNormCase("bias_only", (4, 7), (64,), weight=False),
+    DropNormCase("input_only", (4, 7), (64,), weight=False, bias=False),
+    DropNormCase("large_eps", (4, 7), (64,), 20, eps=0.5),
+    DropNormCase("no_eps", (4, 7), (64,), 20, eps=0.0),
+    # any number of dimensions on either side
+    DropNormCase("no_leading_dimension", (), (40,), 13),
+    DropNormCase("four_leading_dimensions", (2, 3, 1, 2), (40,), 13),
+    DropNormCase("two_feature_dimensions", (5,), (6, 11), 30),
+    DropNormCase("three_feature_dimensions", (2, 4), (3, 1, 17), 25),
+    DropNormCase("all_dimensions", (), (4, 3, 10), 55),
+    # the edges of what may be dropped
+    DropNormCase("none_dropped", (9,), (37,), 0),
+    DropNormCase("one_dropped", (9,), (37,), 1),
+    DropNormCase("two_kept", (300,), (37,), 35, eps=0.1),
+    DropNormCase("one_kept", (9,), (37,), 36),
+    DropNormCase("none_kept", (9,), (37,), 37),
+    # features that leave tails in every vector width
+    *(
+        DropNormCase(f"width_{M}", (1 + min(600 // M, 99),), (M,), M // 3, eps=0.1)
+        for M in (1, 2, 3, 7, 8, 15, 16, 17, 31)
+    ),
+    *(DropNormCase(f"width_{M}", (1 + 2000 // M,), (M,), M // 3) for M in (33, 63, 65, 100, 1000, 4099)),
+    *(DropNormCase(f"width_{M}_no_mask", (1 + min(2000 // M, 99),), (M,), eps=1e-2) for M in (1, 3, 17, 100, 1000)),
+    # rows that leave tails in what works on several at once
+    DropNormCase("one_row", (1,), (50,), 25),
+    DropNormCase("3_rows", (3,), (50,), 25),
+    DropNormCase("1027_rows", (1027,), (5,), 2, eps=0.1),
+    # nothing at all
+    DropNormCase("empty_batch", (0, 3), (8,), 4),
+    DropNormCase("empty_batch_no_mask", (3, 0), (8,)),
+    DropNormCase("no_features", (3,), (0,), 0),
+)
+
+
+def drop_norm_cases() -> tuple:
+    """The DropNorms that tests, benchmarks and `dlkernels check` go through."""
+    return _DROP_NORM_CASES

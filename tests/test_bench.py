@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import dlkernels
-from dlkernels.bench import cli, conv2d, harness, machine, report, shapes
+from dlkernels.bench import cli, conv2d, drop_norm, harness, machine, report, shapes, split_linear
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOFS = machine.Roofs({"FMA float32": 100e9, "AMX bfloat16": 800e9}, 10e9)
@@ -261,6 +261,155 @@ def test_costs_by_hand():
     assert depthwise.name == "1x dw 96 3x3 s2 @112"
 
 
+# ---- drop_norm ------------------------------------------------------------------------------------
+
+
+def drop_norm_case(against, p, direction="forward+backward", dtype=torch.float32, N=40, M=96):
+    return drop_norm.make_case("toys", drop_norm.Shape(N, M, p), against, direction, dtype)
+
+
+OPPONENTS = [
+    ("nn.Dropout+nn.LayerNorm", 0.1),
+    ("nn.Dropout+nn.LayerNorm", 0.5),
+    ("reference", 0.5),
+    ("nn.LayerNorm", 0.0),
+]
+
+
+@pytest.mark.parametrize(("against", "p"), OPPONENTS)
+@pytest.mark.parametrize("direction", drop_norm.DIRECTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_drop_norm_rows(against, p, direction, dtype):
+    row = harness.measure(drop_norm_case(against, p, direction, dtype), tick)
+    assert row.refused is None
+    assert 0 < row.error_ours < 2e-2
+
+
+@pytest.mark.compile
+def test_drop_norm_against_the_compiled_reference():
+    for direction in drop_norm.DIRECTIONS:
+        assert harness.measure(drop_norm_case("torch.compile", 0.5, direction), tick).refused is None
+
+
+def test_drop_mask_row():
+    row = harness.measure(drop_norm.make_mask_case(drop_norm.Shape(1, 100, 0.3), torch.float32), tick)
+    assert row.refused is None
+
+
+def test_a_mask_that_drops_too_many_is_refused():
+    case = drop_norm.make_mask_case(drop_norm.Shape(1, 100, 0.3), torch.float32)
+    job = case.build()
+    right, wrong = job.theirs(0)[0], torch.arange(100) >= 31
+    with pytest.raises(harness.Refused, match="drops 31 features, not 30"):
+        harness.check_parity(case, job, 0, (wrong,), (right,))
+
+
+@pytest.mark.parametrize(("against", "p"), OPPONENTS)
+@pytest.mark.parametrize("which", range(4), ids=["output", "input", "weight", "bias"])
+def test_an_error_of_ours_is_found_whatever_the_masks(against, p, which, monkeypatch):
+    monkeypatch.setattr(drop_norm, "EXACT_ELEMENTS", 1000)  # ten of forty rows
+    case = drop_norm_case(against, p)
+    job = case.build()
+    ours, theirs = job.ours(1), job.theirs(1)
+    harness.check_parity(case, job, 1, ours, theirs)
+    bad = [tensor.detach().clone() for tensor in ours]
+    bad[which][bad[which].nonzero()[-1][0]] *= 1.01  # a row, or of a vector the last number that no mask made 0
+    with pytest.raises(harness.Refused, match="parity"):
+        harness.check_parity(case, job, 1, bad, theirs)
+
+
+@pytest.mark.parametrize(("against", "p"), OPPONENTS[:3])
+def test_a_mask_of_another_size_is_found(against, p):
+    case = drop_norm_case(against, p, "forward")
+    job = case.build()
+    with torch.no_grad():
+        ours, theirs = job.ours(0), job.theirs(0)
+        also = int((ours[0] != 0).all(0).nonzero()[0])
+        ours[0][:, also] = 0
+        with pytest.raises(harness.Refused, match="our side drops"):
+            harness.check_parity(case, job, 0, ours, theirs)
+
+
+@pytest.mark.parametrize("direction", drop_norm.DIRECTIONS)
+@pytest.mark.parametrize("missing", ["dropout", "norm"])
+def test_a_torch_side_that_does_something_else_is_refused(direction, missing):
+    """Dropout left out, or dropping less; or no normalisation after it."""
+    job = (case := drop_norm_case("nn.Dropout+nn.LayerNorm", 0.5, direction)).build()
+    side = job.torch_side
+    if missing == "dropout":
+        side[0].p = 0.4
+    else:
+        job.torch_side = lambda x: side[0](x) * side[1].weight + side[1].bias
+    with torch.set_grad_enabled(case.backward):
+        ours, theirs = job.ours(0), job.theirs(0)
+    with pytest.raises(harness.Refused, match="torch's side"):
+        harness.check_parity(case, job, 0, ours, theirs)
+
+
+def test_no_time_for_drop_norm_on_another_backend():
+    with dlkernels.backend("torch"):
+        assert_refused(harness.measure(drop_norm_case("nn.LayerNorm", 0.0), tick), "our kernel did not run")
+
+
+def test_drop_norm_costs_by_hand():
+    shape = drop_norm.Shape(1024, 100, 0.1)
+    assert shape.dropped == 10
+    assert shape.bytes(False, 4) == 4 * (2 * 1024 * 100 + 2 * 100)
+    assert shape.bytes(True, 2) == 2 * (5 * 1024 * 100 + 5 * 100)
+    assert shape.flops(False) == 8 * 1024 * 90
+    assert shape.flops(True) == 21 * 1024 * 90
+
+
+def test_drop_norm_notes():
+    def row(shape, direction, roof_percent, ours_ms, torch_ms):
+        what = {"list": "eval", "shape": shape, "direction": direction, "roof": "copy"}
+        return what | {"roof_percent": roof_percent, "ours_ms": ours_ms, "torch_ms": torch_ms}
+
+    rows = [
+        row("8192 x 2048", "forward", 80.0, 9.0, 9.0),
+        row("1024 x 16384", "forward", 90.0, 9.0, 9.0),
+        row("1 x 32", "forward", 1.0, 0.012, 0.01),
+        row("1 x 32", "forward+backward", 1.0, 0.07, 0.06),
+    ]
+    assert drop_norm.notes(rows) == {
+        "of copy bandwidth, N*M = 2^24, evaluation, forward": "85 % (least 80 %, 2 rows)",
+        "tiny calls, forward": "at most +2.0 us against nn.LayerNorm (1 rows under 50 us)",
+    }
+    assert drop_norm.notes([{"list": "eval", "reason": "refused"}]) == {}
+
+
+def test_drop_norm_suites():
+    cases = {
+        suite: drop_norm.cases(suite, "cpu", torch.float32) for suite in ("quick", "all", *shapes.lists("drop_norm"))
+    }
+    assert list(cases)[2:] == ["dropout", "reference", "compile", "eval", "mask"]
+    assert set(cases["quick"]) <= set(cases["all"])
+    assert len(set(cases["all"])) == len(cases["all"]) == sum(len(cases[name]) for name in list(cases)[2:])
+    assert {case.name for case in cases["compile"]} == {
+        *(f"{N} x {M}" for N in (128, 8192) for M in (256, 1024)),
+        "128 x 4096",
+    }
+
+
+# ---- split_linear ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("direction", split_linear.DIRECTIONS)
+def test_split_linear_rows(splits, direction):
+    case = split_linear.make_case("toys", split_linear.Shape(12, 32, 48, splits), direction, torch.float32)
+    row = harness.measure(case, tick)
+    assert row.refused is None
+    assert 0 < row.error_ours < 1e-6
+
+
+def test_split_linear_parameters_are_the_layers():
+    for splits in (1, 2, 4, 8):
+        shape = split_linear.Shape(1, 64, 32, splits)
+        layer = dlkernels.SplitLinear(64, 32, splits)
+        assert shape.parameters == sum(p.numel() for p in layer.parameters())
+
+
 # ---- shapes ---------------------------------------------------------------------------------------
 
 
@@ -442,6 +591,7 @@ def two_cases(monkeypatch):
     monkeypatch.setattr(harness, "make_clock", lambda device: tick)
     jobs = [case_of(Doubling()), case_of(Doubling(wrong=1.0))]
     monkeypatch.setattr(conv2d, "cases", lambda suite, device, dtype: jobs)
+    monkeypatch.setattr(cli, "operators", lambda: ["conv2d"])
     return jobs
 
 

@@ -12,7 +12,7 @@ import torch
 from dlkernels.bench import harness, machine, report, shapes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-BUDGET_S = {"quick": 55.0, "all": 1170.0}  # for all operators of a run together; a list by its name takes what it needs
+BUDGET_S = {"quick": 55.0, "all": 1170.0}  # for each operator; a list by its name takes what it needs
 
 
 class UsageError(Exception):
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Measure our layers against torch's: parity first, then time, in physical units."
     parser.add_argument("operator", metavar="OP", help=f"{', '.join(operators())} or all")
     parser.add_argument(
-        "--suite", default="quick", help="quick (under a minute), all (under 20), or the name of a list"
+        "--suite", default="quick", help="quick (under a minute an operator), all (under 20), or a list's name"
     )
     parser.add_argument("--dtype", default="float32", help=", ".join(DTYPES))
     parser.add_argument("--precision", help="of float32: highest, high or medium, for both sides")
@@ -32,6 +32,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write every figure there")
     parser.add_argument("--table", metavar="FILE", help="write a small tab-separated table there (one operator)")
     parser.add_argument("--figure", metavar="FILE", help="draw a roofline there (one operator; needs matplotlib)")
+
+
+def keep_table(operator: str, results: Path) -> int:
+    """What bench/bench_<operator>.py does: a run with this process' arguments whose table stays in the folder."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    args = parser.parse_args([operator, *sys.argv[1:]])
+    precision = args.precision or torch.get_float32_matmul_precision()
+    words = [operator, args.suite, args.dtype, *[precision] * (precision != "highest")]
+    words += [args.device] * (args.device != "cpu")
+    args.table = args.table or results / f"{'_'.join(words)}.tsv"
+    return run(args)
 
 
 def operators() -> list[str]:
@@ -99,13 +111,15 @@ def _measure(names, args):
         print(f"{key + ':':18} {value}")
     clock, interrupted, left_out = harness.make_clock(args.device), False, 0
     done: dict[str, list[report.Record]] = {}
+    notes: dict[str, dict[str, str]] = {}
     for name in names:
-        records = done[name] = []
-        cases = importlib.import_module(f"dlkernels.bench.{name}").cases(args.suite, args.device, dtype)
+        operator_start, records = time.monotonic(), list[report.Record]()
+        done[name], module = records, importlib.import_module(f"dlkernels.bench.{name}")
+        cases = module.cases(args.suite, args.device, dtype)
         print(f"\n{name}: {len(cases)} rows\n{report.HEADER}", flush=True)
         try:
             for position, case in enumerate(cases):
-                if time.monotonic() - start > BUDGET_S.get(args.suite, float("inf")):
+                if time.monotonic() - operator_start > BUDGET_S.get(args.suite, float("inf")):
                     left_out += len(cases) - position
                     break
                 if not records or records[-1]["list"] != case.list:
@@ -115,6 +129,9 @@ def _measure(names, args):
         except KeyboardInterrupt:
             interrupted = True
         print(f"\n{report.summary_text(records)}", flush=True)
+        notes[name] = module.notes(records) if hasattr(module, "notes") else {}
+        for key, value in notes[name].items():
+            print(f"{key}: {value}", flush=True)
         if interrupted:
             print("interrupted: the rows above are complete, the others were not measured")
             break
@@ -126,17 +143,17 @@ def _measure(names, args):
     print(f"other processes took {facts['others']}")
     if disturbed:
         print("a disturbed row says little, however narrow its interval: measure on an idle machine")
-    _write(args, facts, roofs, done)
+    _write(args, facts, roofs, done, notes)
     print(f"{time.monotonic() - start:.0f} s", flush=True)
     return 130 if interrupted else int(any(row.get("reason") for rows in done.values() for row in rows))
 
 
-def _write(args, facts, roofs, done):
+def _write(args, facts, roofs, done, notes):
     if args.json:
-        report.write_json(args.json, facts, roofs, done)
+        report.write_json(args.json, facts, roofs, done, notes)
     for name, records in done.items():
         if getattr(args, "table", None):
-            report.write_table(args.table, facts | {"operator": name}, roofs, records)
+            report.write_table(args.table, facts | {"operator": name} | notes.get(name, {}), roofs, records)
         if getattr(args, "figure", None):
             title = f"{name}, {args.dtype}, {args.device}, {facts['threads']} threads"
             report.draw_roofline(args.figure, roofs, records, title)

@@ -102,7 +102,7 @@ def summarise(records: list[Record]) -> list[Record]:
 # ---- terminal -------------------------------------------------------------------------------------
 
 HEADER = (
-    f"{'shape':30} {'variant':19} {'direction':9} {'ours ms':>14} {'torch ms':>14} {'torch/ours':>10} {'95 %':10}"
+    f"{'shape':30} {'variant':30} {'direction':9} {'ours ms':>14} {'torch ms':>14} {'torch/ours':>10} {'95 %':10}"
     f" {'GFLOP/s':>8} {'GB/s':>6} {'of roof':>10} {'error':>8} {'torch':>8}"
 )
 
@@ -110,7 +110,7 @@ HEADER = (
 def line(row: Record) -> str:
     """A row for the terminal."""
     direction = "fwd" if row["direction"] == "forward" else "fwd+bwd"
-    what = f"{row['shape']:30} {row['variant']:19} {direction:9}"
+    what = f"{row['shape']:30} {row['variant']:30} {direction:9}"
     if row.get("reason"):
         return f"{what} REFUSED, no time: {row['reason']}"
     ours, theirs = (
@@ -133,12 +133,12 @@ def disturbed(row: Record) -> bool:
 def summary_text(records: list[Record]) -> str:
     """The summary for the terminal."""
     texts = [
-        f"{'list':15} {'format':14} {'direction':17} {'rows':>4} {'geomean':>8} {'min':>6} {'below 1':>8}"
+        f"{'list':15} {'format':24} {'direction':17} {'rows':>4} {'geomean':>8} {'min':>6} {'below 1':>8}"
         f" {'surely below 0.90':>18} {'refused':>8}"
     ]
     for group in summarise(records):
         texts.append(
-            f"{group['list']:15} {group['format']:14} {group['direction']:17} {group['rows']:>4}"
+            f"{group['list']:15} {group['format']:24} {group['direction']:17} {group['rows']:>4}"
             f" {group['geomean']:>8.2f} {group['min']:>6.2f} {group['below_1']:>8}"
             f" {group['surely_below_0.90']:>18} {group['refused']:>8}"
         )
@@ -167,15 +167,20 @@ def write_atomically(path, data: str | bytes) -> None:
         raise
 
 
-def write_json(path, machine: dict, roofs: Roofs, operators: dict[str, list[Record]]) -> None:
-    """Everything: the machine, the roofs, every row and the summary of each operator."""
+def write_json(
+    path, machine: dict, roofs: Roofs, operators: dict[str, list[Record]], notes: dict | None = None
+) -> None:
+    """Everything: the machine, the roofs, every row, the summary and the notes of each operator."""
     content = {
         "machine": machine,
         "roofs": {
             "arithmetic_gflops": {name: rate * 1e-9 for name, rate in roofs.arithmetic.items()},
             "copy_gbs": roofs.copy * 1e-9,
         },
-        "operators": {name: {"rows": rows, "summary": summarise(rows)} for name, rows in operators.items()},
+        "operators": {
+            name: {"rows": rows, "summary": summarise(rows), "notes": (notes or {}).get(name, {})}
+            for name, rows in operators.items()
+        },
     }
     write_atomically(path, json.dumps(_without_nan(content), indent=1, ensure_ascii=False) + "\n")
 

@@ -50,6 +50,18 @@ def differentiable(function: type[Function], op: Any) -> Callable:
     return call
 
 
+def without_derivative(op: Any) -> Callable:
+    """A function that calls `op`, which has none: the same paths without autograd."""
+
+    def call(*args):
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return op(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return call
+
+
 def _without_forward_mode(function: type[Function], args: Sequence[Any]) -> Any:
     """Inside a forward-mode level: fine unless a tangent reaches `function`, which the operator would silently drop."""
     try:
@@ -112,15 +124,44 @@ _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 _autocast_library = torch.library.Library("dlkernels", "IMPL")
 
 
-def register_autocast(op: Any) -> None:
-    """Makes a direct call of `op` run in autocast's dtype on the CPU and on CUDA."""
-    for device_type, key in _AUTOCAST_KEYS.items():
+def register_autocast(op: Any, dtype: torch.dtype | None = None, device_types: Sequence[str] = ("cpu", "cuda")) -> None:
+    """Makes a direct call of `op` run in `dtype`, by default autocast's own, inside autocast on these device types."""
+    for device_type in device_types:
 
-        def kernel(*args, device_type=device_type, key=key):
-            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
-                return op(*cast(args, autocast_dtype(device_type)))
+        def kernel(*args, device_type=device_type):
+            key = getattr(torch._C.DispatchKey, _AUTOCAST_KEYS[device_type])
+            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+                return op(*cast(args, dtype or autocast_dtype(device_type)))
 
-        _autocast_library.impl(op.name().split("::")[1].split(".")[0], kernel, key)
+        _autocast_library.impl(op.name().split("::")[1].split(".")[0], kernel, _AUTOCAST_KEYS[device_type])
+
+
+def register_vmap_by_loop(op: Any) -> None:
+    """vmap of `op` as one call for each sample, the results stacked: slow, and right whatever is batched."""
+
+    def rule(info, in_dims, *args):
+        samples = []
+        for i in range(info.batch_size):
+            batched = (isinstance(x, torch.Tensor) and dim is not None for x, dim in zip(args, in_dims, strict=True))
+            chosen = [x.select(d, i) if b else x for x, d, b in zip(args, in_dims, batched, strict=True)]
+            samples.append(op(*chosen))
+        if isinstance(samples[0], torch.Tensor):
+            return torch.stack(samples), 0
+        outputs = [None if parts[0] is None else torch.stack(parts) for parts in zip(*samples, strict=True)]
+        return tuple(outputs), tuple(None if output is None else 0 for output in outputs)
+
+    torch.library.register_vmap(op.name(), rule)
+
+
+def check_devices(op: str, input: torch.Tensor, **others: torch.Tensor | None) -> None:
+    """For fake kernels, which see calls that mix a meta tensor with real ones: all must be where input is."""
+    for name, tensor in others.items():
+        torch._check(
+            tensor is None or tensor.device == input.device,
+            lambda name=name, tensor=tensor: (
+                f"{op}: {name} must be on the device of input ({input.device}), got {tensor.device}"
+            ),
+        )
 
 
 def explain(error: Exception, op: str, tensors: Sequence[Any], torch_call: Callable[[], Any]) -> Exception:

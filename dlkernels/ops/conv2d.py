@@ -11,7 +11,15 @@ from torch.autograd import Function
 
 from .. import reference
 from .._backend import current_backend
-from ._dispatch import autocast_dtype, cast, differentiable, explain, from_reference, register_autocast
+from ._dispatch import (
+    autocast_dtype,
+    cast,
+    check_devices,
+    differentiable,
+    explain,
+    from_reference,
+    register_autocast,
+)
 
 _forward = torch.ops.dlkernels.conv2d.default
 _backward = torch.ops.dlkernels.conv2d_backward.default
@@ -93,13 +101,7 @@ register_autocast(_forward)
 
 @torch.library.register_fake("dlkernels::conv2d")
 def _conv2d_fake(input, weight, bias, stride, padding, dilation, groups):
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        torch._check(
-            tensor is None or tensor.device == input.device,
-            lambda name=name, tensor=tensor: (
-                f"conv2d: {name} must be on the device of input ({input.device}), got {tensor.device}"
-            ),
-        )
+    check_devices("conv2d", input, weight=weight, bias=bias)
     torch._check(
         input.size(1) == weight.size(1) * groups,
         lambda: f"conv2d: input must have {weight.size(1) * groups} channels, got {list(input.shape)}",

@@ -4,5 +4,15 @@ Read these to learn what the kernels compute. Names, arguments and dimension let
 """
 
 from dlkernels.reference.conv2d import conv2d, conv2d_backward
+from dlkernels.reference.drop_norm import drop_mask, drop_norm, drop_norm_backward
+from dlkernels.reference.split_linear import split_linear, split_linear_backward
 
-__all__ = ["conv2d", "conv2d_backward"]
+__all__ = [
+    "conv2d",
+    "conv2d_backward",
+    "drop_mask",
+    "drop_norm",
+    "drop_norm_backward",
+    "split_linear",
+    "split_linear_backward",
+]
