@@ -673,9 +673,9 @@ def test_readme_tables_replace_and_check(project, readme_tables, capsys):
     assert "old" in (project / "README.md").read_text()
     assert readme_tables.main([], project) == 0
     text = (project / "README.md").read_text()
-    assert text.startswith(f"before\n{readme_tables.BEGIN}\n**OPERATOR**")
+    assert text.startswith(f"before\n{readme_tables.BEGIN}\nSuite SUITE, DTYPE, ")
     assert text.endswith(f"{readme_tables.END}\nafter\n")
-    assert "| toys | plain | 2 | 1.00x (0.50x) |  | 1 |" in text
+    assert "| OPERATOR | toys | plain | 1.00x (0.50x) |  | 1 of 2 |" in text
     assert readme_tables.main(["--check"], project) == 0
 
 

@@ -9,39 +9,48 @@ import math
 import sys
 from pathlib import Path
 
-from dlkernels.bench.report import read_summary, write_atomically
+from dlkernels.bench.report import Record, read_summary, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
 DIRECTIONS = ("forward", "forward+backward")
+HEADER = (
+    "| operator | shapes | variant | forward: mean (least) | forward+backward: mean (least) | slower than torch |",
+    "|---|---|---|---:|---:|---:|",
+)
 
 
 def speed_tables(results: Path) -> str:
-    """Markdown: for every table of results, where it was measured, and a line per list and memory format."""
-    texts = [speed_table(path) for path in sorted(results.glob("*.tsv"))]
+    """Markdown: for every machine and setting a sentence and one table of all operators that were measured there."""
+    measured: dict[str, list[str]] = {}
+    for path in sorted(results.glob("*.tsv")):
+        machine, lines = read_summary(path)
+        measured.setdefault(conditions(machine), []).extend(table_lines(machine["operator"], lines))
+    texts = ["\n".join([f"{machine}\n", *HEADER, *lines]) for machine, lines in measured.items()]
     return "\n\n".join(texts) if texts else "Nothing has been measured yet."
 
 
-def speed_table(path: Path) -> str:
-    """One table; a cell is the geometric mean of torch's time over ours, and the least of them."""
-    machine, lines = read_summary(path)
+def conditions(machine: dict[str, str]) -> str:
+    """Where and how a table was measured."""
+    return (
+        f"Suite {machine['suite']}, {machine['dtype']}, float32 precision {machine['float32 precision']},"
+        f" {machine['threads']} threads on {machine.get('gpu', machine['processor'])}"
+        f" (instruction set: {machine['instruction set']}), torch {machine['torch']}, {machine['date']}:"
+    )
+
+
+def table_lines(operator: str, lines: list[Record]) -> list[str]:
+    """A line for every list of shapes and variant: the geometric mean of torch's time over ours, and the least."""
     groups = {(group["list"], group["format"], group["direction"]): group for group in lines}
-    texts = [
-        f"**{machine['operator']}**, {machine['dtype']}, suite {machine['suite']}, {machine['threads']} threads,"
-        f" float32 precision {machine['float32 precision']}: {machine.get('gpu', machine['processor'])}"
-        f" ({machine['instruction set']}), torch {machine['torch']}, {machine['date']}.",
-        "",
-        "| shapes | format | rows | forward: mean (least) | forward+backward: mean (least) | slower than torch |",
-        "|---|---|---:|---:|---:|---:|",
-    ]
-    for list_, layout in dict.fromkeys((key[0], key[1]) for key in groups):
-        both = [groups[list_, layout, direction] for direction in DIRECTIONS if (list_, layout, direction) in groups]
+    texts = []
+    for list_, variant in dict.fromkeys((key[0], key[1]) for key in groups):
+        both = [groups[list_, variant, direction] for direction in DIRECTIONS if (list_, variant, direction) in groups]
         cells = {group["direction"]: f"{group['geomean']:.2f}x ({group['min']:.2f}x)" for group in both}
         cells |= {group["direction"]: "refused" for group in both if math.isnan(group["geomean"])}
-        means = [cells.get(direction, "") for direction in DIRECTIONS]
-        total, slower = sum(group["rows"] for group in both), sum(group["below_1"] for group in both)
-        texts.append(f"| {list_} | {layout} | {total} | {means[0]} | {means[1]} | {slower} |")
-    return "\n".join(texts)
+        means = " | ".join(cells.get(direction, "") for direction in DIRECTIONS)
+        slower, rows = sum(group["below_1"] for group in both), sum(group["rows"] for group in both)
+        texts.append(f"| {operator} | {list_} | {variant} | {means} | {slower} of {rows} |")
+    return texts
 
 
 def replace(readme: str, tables: str) -> str:
