@@ -8,7 +8,6 @@ RUN := $(BIN)/python
 INSTALLED := $(VENV)/installed
 BUILT := $(VENV)/built
 CODE := $(shell find csrc -type f)
-# pip reads these: the libraries that were tested, for the package and (newer pips) for what it is built with
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test lint format cuda-check gpu full-data build clean

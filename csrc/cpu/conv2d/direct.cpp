@@ -1,9 +1,8 @@
 // conv2d as matrix products over gathered pixels (implicit GEMM), for every argument and memory layout.
 //
-//   output     [m, x] = sum over l of weight[m, l] * gathered input[l, x]     m: channel k   l: (r, s, c)   x: pixel n,
-//   p, q grad_input [m, x] = sum over l of weight[l, m] * gathered grad[l, x]      m: channel c   l: (r, s, k)   x:
-//   pixel n, h, w grad_weight[m, j] = sum over x of grad[m, x] * gathered input[j, x]       m: channel k   j: (r, s, c)
-//   x: pixel n, p, q
+//   output     [m, x] = sum over l of weight[m, l] * gathered input[l, x]    m: channel k  l: (r, s, c)  x: n, p, q
+//   grad_input [m, x] = sum over l of weight[l, m] * gathered grad[l, x]     m: channel c  l: (r, s, k)  x: n, h, w
+//   grad_weight[m, j] = sum over x of grad[m, x] * gathered input[j, x]      m: channel k  j: (r, s, c)  x: n, p, q
 //
 // Who owns what: a task owns a block of pixels (or of weight columns) of one group, gathers what these need into a
 // small panel that stays in cache, multiplies it with the packed other operand, and writes its results once. Passes
@@ -183,8 +182,7 @@ int64_t rows_per_task(int64_t rows, int64_t other_tasks) {
 
 int64_t grain_of(int64_t products_per_task) { return std::max<int64_t>(1, kTaskProducts / (products_per_task + 1)); }
 
-// packed[g][panel][l][row] = weight_at(g, m, d, tap) for l = t*D + d and m = panel*kTileRows + row; zero past the last
-// m
+// packed[g][panel][l][row] = weight_at(g, m, d, tap) for l = t*D + d and m = panel*kTileRows + row; zero from m = M on
 template <class T, class WeightAt>
 void pack_weight(const Gather<T>& gather, int64_t G, int64_t M, const WeightAt& weight_at, Accumulate<T>* packed) {
   const int64_t panels = ceil_div(M, kTileRows), depth = gather.depth();
