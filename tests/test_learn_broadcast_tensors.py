@@ -271,7 +271,7 @@ class TestErrors:
         assert outcome(broadcast_tensors, other) == outcome(torch.broadcast_tensors, other)
         assert outcome(broadcast_to, other, (2,)) == outcome(torch.broadcast_to, other, (2,))
         assert outcome(expand_as, a, other) == outcome(a.expand_as, other)
-        with pytest.raises(TypeError, match="argument 'a' .* must be Tensor"):
+        with pytest.raises(TypeError, match="must be Tensor, not"):
             expand(other, 2)
 
     @pytest.mark.parametrize(
