@@ -801,6 +801,17 @@ def test_exports_with_a_dynamic_batch(strict):
     assert any("dlkernels.conv2d" in str(node.target) for node in program.graph.nodes)
 
 
+def test_symbolic_tracing_keeps_the_call():
+    """torch.fx, as feature extractors use it: our module is traced like torch's, through whatever it does."""
+    model = nn.Sequential(dlkernels.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), nn.ReLU())
+    traced = torch.fx.symbolic_trace(model)
+    assert dlkernels.conv2d in [node.target for node in traced.graph.nodes]
+    x = torch.randn(2, 3, 6, 7)
+    assert torch.equal(traced(x), model(x))
+    with dlkernels.backend("reference"):
+        assert torch.equal(traced(x), model(x))
+
+
 # ---- function transforms -----------------------------------------------------------------------------
 
 

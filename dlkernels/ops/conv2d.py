@@ -191,6 +191,8 @@ def _conv2d_backward_vmap(info, in_dims, grad, input, weight, stride, padding, d
 
 # ---- function and module -----------------------------------------------------------------------------
 
+torch.fx.wrap("conv2d")  # symbolic tracing keeps our call in the graph, as it keeps one of F.conv2d
+
 
 def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     """Convolves images with a bank of kernels: torch.nn.functional.conv2d on our kernels.
