@@ -77,8 +77,8 @@ def tell_rules(options: Options, report: Report) -> None:
         "rules",
         draw_rules(),
         "Blue: a size that counts. Yellow: a 1 that stretches, with a stride of 0. Dashed: a 1 that was put there "
-        "because the shape is too short. Orange: a column that does not fit. Beside each tensor stand the strides of its "
-        "view, as our code computes them.",
+        "because the shape is too short. Orange: a column that does not fit. Beside each tensor stand the strides of "
+        "its view, as our code computes them.",
         "Twelve groups of shapes, aligned from the right, with the result of each.",
     )
     report.metrics["rules"] = {
@@ -250,7 +250,7 @@ def tell_sweep(options: Options, report: Report) -> None:
         "with the same type of error and the same words.",
     )
     report.table(
-        "",
+        "Cases by what both answer, and how often one answers differently from the other.",
         ("", "cases", "answered by both", "refused by both", "disagreements"),
         [
             (
