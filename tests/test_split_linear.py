@@ -376,6 +376,14 @@ def loss_and_gradients(model, x):
     return [loss, *torch.autograd.grad(loss, [x, *model.parameters()])]
 
 
+def test_symbolic_tracing_keeps_the_call():
+    model = nn.Sequential(dlkernels.SplitLinear(8, 4, splits=2), nn.Linear(4, 3))
+    traced = torch.fx.symbolic_trace(model)
+    assert dlkernels.split_linear in [node.target for node in traced.graph.nodes]
+    x = torch.randn(5, 8)
+    assert torch.equal(traced(x), model(x))
+
+
 @pytest.mark.compile
 @pytest.mark.parametrize("backend", DIFFERENT)
 @pytest.mark.parametrize("dynamic", [False, True])

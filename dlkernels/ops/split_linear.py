@@ -23,6 +23,7 @@ _ACTIVATIONS = {  # in place where the derivative is computed from the result, a
 }
 
 _reference_split_linear = from_reference(reference.split_linear, reference.split_linear_backward)
+torch.fx.wrap("split_linear")  # symbolic tracing keeps our call in the graph, as it keeps one of F.linear
 
 
 def split_linear(input, weight, bias=None, splits=2, activation="relu"):
