@@ -376,12 +376,15 @@ def tell_mistakes(problem: Problem, results: list[Result], cnn: Result, report: 
 
 
 def _commonest(matrix: Tensor, classes: tuple[str, ...]) -> str:
+    """The confusions with the highest count, all of them where several share it."""
     confusions = matrix.clone().fill_diagonal_(0)
     count = int(confusions.max())
     if count == 1:
         return "No confusion happened more than once."
-    i, j = divmod(int(confusions.argmax()), len(classes))
-    return f"The most frequent one: {classes[i]} taken for {classes[j]}, {count} times."
+    pairs = [f"{classes[i]} taken for {classes[j]}" for i, j in (confusions == count).nonzero().tolist()]
+    if len(pairs) > 3:
+        return f"The most frequent confusions, {len(pairs)} of them, happened {count} times each."
+    return f"The most frequent: {', '.join(pairs)}, {count} times{' each' * (len(pairs) > 1)}."
 
 
 def draw_confusion(matrix: Tensor, classes: tuple[str, ...]) -> Any:
@@ -503,7 +506,7 @@ def _show(
     axes.text(left + 0.5, bottom + 1.03, title, ha="center", va="bottom", fontsize=10, color=colour)
     axes.set_axis_off()
     right, top = max(axes.dataLim.x1, left + 1), height
-    axes.set(xlim=(0, right), ylim=(bottom, top))
+    axes.set(xlim=(0, right), ylim=(bottom - 0.03, top))
     return shown
 
 
@@ -519,7 +522,8 @@ def tell_layers(problem: Problem, ours: Result, theirs: Result, compared: int, r
         "loss": {"dlkernels.Conv2d": ours.history.loss, "torch.nn.Conv2d": theirs.history.loss},
     }
     report.headline(
-        f"{difference:.0e}", f"largest difference of the loss from torch.nn's in the first {compared} steps"
+        f"{difference:.0e}" if difference else "0",
+        f"largest difference of the loss from torch.nn's in the first {compared} steps",
     )
     say(f"  CNN, a step: {milliseconds[0]:.2f} ms on dlkernels.Conv2d, {milliseconds[1]:.2f} ms on torch.nn.Conv2d")
     say(f"  CNN, losses of the first {compared} steps: at most {difference:.1e} apart")

@@ -193,7 +193,7 @@ class Report:
             ("form", self.options.form),
             ("seed", str(self.options.seed)),
             ("layers of dlkernels", self.options.backend),
-            ("device", f"{machine['device']}, {machine['threads']} threads, {machine['processes']} processes"),
+            ("device", f"{machine['device']}; threads: {machine['threads']}; processes: {machine['processes']}"),
             ("software", f"torch {machine['torch']}, Python {machine['python']}"),
             ("finished", f"{record['finished']}, after {record['seconds']:.1f} s"),
         ]
