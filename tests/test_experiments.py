@@ -284,9 +284,11 @@ class TestPredict:
         image_module = pytest.importorskip("PIL.Image")
         image_module.new("L", (50, 50), 255).save(tmp_path / "blank.png")
         (tmp_path / "text.png").write_text("not an image")
+        image_module.new("1", (20_000, 20_000)).save(tmp_path / "huge.png")
         for name, message in (
             ("blank.png", "an empty image"),
             ("text.png", "not a readable image"),
+            ("huge.png", "too many pixels"),
             ("none.png", "missing"),
         ):
             words = ["predict", "basic_classifiers", str(tmp_path / name), "--out", str(trained_folder)]
@@ -299,6 +301,21 @@ class TestPredict:
     def test_without_a_trained_model_it_says_what_to_do(self, capsys):
         assert cli.main(["predict", "basic_classifiers", "x.png"]) == 1
         assert "Run `dlkernels run basic_classifiers` first" in capsys.readouterr().err
+
+    def test_photographs_turned_by_their_exif_tag_and_16_bit_scans(self, trained_folder, tmp_path):
+        """Both are prepared as the plain picture is."""
+        image_module = pytest.importorskip("PIL.Image")
+        state = basic_classifiers.load_model(trained_folder / "model.pt")
+        self.picture(tmp_path / "plain.png", data.digits().test_x[0][0], paper=True)
+        plain = image_module.open(tmp_path / "plain.png")
+        exif = image_module.Exif()
+        exif[0x0112] = 6  # orientation: what is shown is the stored picture, turned by 90 degrees clockwise
+        plain.transpose(image_module.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+        image_module.fromarray(np.asarray(plain).astype(np.uint16) * 257).save(tmp_path / "deep.png")
+        expected, _ = basic_classifiers.prepare(tmp_path / "plain.png", state)
+        for name in ("turned.png", "deep.png"):
+            image, _ = basic_classifiers.prepare(tmp_path / name, state)
+            np.testing.assert_allclose(image, expected, atol=1e-6)
 
     def test_transparent_paper_is_white(self, trained_folder, tmp_path):
         image_module = pytest.importorskip("PIL.Image")

@@ -654,13 +654,15 @@ def prepare(path: Path, state: dict[str, Any]) -> tuple[np.ndarray, list[str]]:
     Returns:
         The image (channels, size, size) of 0..1, and what was done to it, in words.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(path) as opened:
-            picture = _on_white(opened)
+            picture = _on_white(_in_eight_bits(ImageOps.exif_transpose(opened)))
     except FileNotFoundError as error:
         raise DataError(f"{path}: missing. Give the path of an image file.") from error
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{path}: too many pixels. Make it smaller first.") from error
     except (UnidentifiedImageError, OSError, ValueError) as error:
         raise DataError(f"{path}: not a readable image. Save it as PNG or JPEG.") from error
     size, steps = state["size"], [f"{picture.width} x {picture.height} pixels"]
@@ -679,6 +681,15 @@ def prepare(path: Path, state: dict[str, Any]) -> tuple[np.ndarray, list[str]]:
     inner = max(1, round(state["ink"] * size))
     steps.append(f"cut to what is drawn and fitted into {inner} of {size} x {size} pixels")
     return _fitted(grey[box], inner, size)[None], steps
+
+
+def _in_eight_bits(picture: Any) -> Any:
+    """The picture with 0..255 for each colour: 16-bit grey is scaled, which Pillow would cut off at 255."""
+    from PIL import Image
+
+    if not picture.mode.startswith("I"):
+        return picture
+    return Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
 
 
 def _on_white(picture: Any) -> Any:
