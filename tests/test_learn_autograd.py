@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import shutil
 import subprocess
 import sys
 import threading
@@ -574,8 +575,7 @@ class TestDrawing:
         assert '[label="a\\"];\\n b\\\\\\n1\\nd = 2"]' in text
         assert len(text.splitlines()) == 8
 
-    def test_graphviz_reads_it(self, tmp_path):
-        shutil = pytest.importorskip("shutil")
+    def test_graphviz_reads_it(self):
         if not shutil.which("dot"):
             pytest.skip("graphviz is not installed")
         x = Scalar(2.0, label='quote " backslash \\ newline \n end')

@@ -852,29 +852,26 @@ def draw_graph(output: Node, axes: Any) -> None:
         axes: where to draw; the limits are set, the frame is removed.
     """
     order = topological_order(output)
-    places = _places(order)
+    places, boxes = _places(order), {}
     for node, words in _captions(output, order).items():
-        face = (
-            "#dff3ea" if node is output else "#f3f5f7" if node.parents else "#d6e9f6" if node.requires_grad else "white"
-        )
-        axes.text(
+        face = "#dff3ea" if node is output else "#f3f5f7"
+        if not node.parents:
+            face = "#d6e9f6" if node.requires_grad else "white"
+        box = axes.text(
             *places[node],
             "\n".join(words).replace("$", r"\$"),
             ha="center",
             va="center",
             fontsize=9,
             linespacing=1.35,
-            zorder=3,
             bbox={"boxstyle": "round,pad=0.35", "facecolor": face, "edgecolor": "#5f6b76"},
         )
+        boxes[node] = box.get_bbox_patch()
+    for node in order:
         for parent in node.parents:
-            axes.annotate(
-                "",
-                xy=places[node],
-                xytext=places[parent],
-                zorder=1,
-                arrowprops={"arrowstyle": "-|>", "color": "#5f6b76", "shrinkA": 22, "shrinkB": 24, "linewidth": 1},
-            )
+            ends = {"patchA": boxes[parent], "patchB": boxes[node], "shrinkA": 0, "shrinkB": 0}
+            look = {"arrowstyle": "-|>", "color": "#5f6b76", "linewidth": 1}
+            axes.annotate("", xy=places[node], xytext=places[parent], zorder=4, arrowprops={**ends, **look})
     columns, rows = ([place[i] for place in places.values()] for i in (0, 1))
     axes.set(xlim=(min(columns) - 0.5, max(columns) + 0.5), ylim=(min(rows) - 0.6, max(rows) + 0.6))
     axes.set_axis_off()
