@@ -1,6 +1,7 @@
 """The loader: what is embedded, every reader, and what happens to files that are missing, truncated or corrupt."""
 
 import contextlib
+import functools
 import gzip
 import hashlib
 import os
@@ -179,6 +180,12 @@ class TestDamage:
         path.write_bytes(b"\0\0\x08\x03" + b"\xff" * 12)
         self.refused(lambda: data.read_idx(path), path)
 
+    @pytest.mark.parametrize("dimensions", [0, 65])
+    def test_an_idx_with_dimensions_that_no_data_has(self, tmp_path, dimensions):
+        path = tmp_path / "x-idx3-ubyte"
+        path.write_bytes(b"\0\0\x08" + bytes([dimensions]) + b"\0\0\0\1" * dimensions + b"x")
+        self.refused(lambda: data.read_idx(path), path)
+
     @given(st.integers(0, 10**6), st.integers(1, 255))
     @settings(max_examples=60, deadline=None)
     def test_a_flipped_byte_in_gzip_is_seen(self, tmp_path_factory, place, change):
@@ -199,6 +206,12 @@ class TestDamage:
     def test_a_label_that_cannot_be(self, tmp_path):
         path = tmp_path / "data_batch_1.bin"
         path.write_bytes(b"\x0a" + bytes(3072))
+        self.refused(lambda: data.read_cifar(path), path)
+
+    @pytest.mark.parametrize("label", [-1, 10])
+    def test_a_label_that_cannot_be_in_a_pickle(self, tmp_path, label):
+        path = tmp_path / "data_batch_1"
+        path.write_bytes(pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": [label]}, protocol=2))
         self.refused(lambda: data.read_cifar(path), path)
 
     @pytest.mark.parametrize("keep", [0, 5, 500, -1])
@@ -252,6 +265,18 @@ class TestText:
         assert loaded.train_y.tolist() == [1, 0]
         assert loaded.test_texts == ["so so"]
 
+    def test_parquet_in_several_pieces_is_read_whole(self, tmp_path):
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        for number, (text, label) in enumerate([("good", 1), ("bad", 0)]):
+            table = pyarrow.table({"sentence": [text], "label": [label]})
+            parquet.write_table(table, tmp_path / f"train-0000{number}-of-00002.parquet")
+        (tmp_path / "dev.tsv").write_text("sentence\tlabel\nso so\t0\n")
+        loaded = data.sentences(str(tmp_path))
+        assert loaded.train_texts == ["good", "bad"]
+        assert loaded.train_y.tolist() == [1, 0]
+
     def test_a_broken_parquet(self, tmp_path):
         pytest.importorskip("pyarrow")
         path = tmp_path / "train.parquet"
@@ -278,6 +303,12 @@ class TestText:
         path = tmp_path / "train.tsv"
         path.write_bytes(b"sentence\tlabel\ncaf\xe9\t1\n")
         TestDamage.refused(lambda: data.read_sentences(path), path)
+
+    def test_a_field_that_never_ends(self, tmp_path):
+        """As after a quotation mark that is never closed, in a large file."""
+        for path, read in ((tmp_path / "t.csv", data.read_table), (tmp_path / "train.tsv", data.read_sentences)):
+            path.write_text("sentence\tlabel\n" + 200_000 * "x" + "\t1\n")
+            TestDamage.refused(functools.partial(read, path), path)
 
     @pytest.mark.parametrize("separator", [",", ";", "\t"])
     def test_tables(self, tmp_path, separator):

@@ -330,15 +330,16 @@ def _cifar_folder(folder: Path, md5: dict[str, str]) -> Images:
 
 def _sentence_folder(folder: Path, name: str) -> Sentences:
     """train and dev (or validation) files of a folder, TSV or parquet. GLUE's own test labels are secret: dev it is."""
-    found = {}
+    loaded = {}
     for part, stems in (("train", ("train",)), ("test", ("dev", "validation"))):
         patterns = [f"{stem}{rest}" for stem in stems for rest in (".tsv", ".tsv.gz", ".parquet", "-*.parquet")]
-        paths = [path for pattern in patterns for path in sorted(folder.rglob(pattern))]
+        paths = next((sorted(found) for pattern in patterns if (found := list(folder.rglob(pattern)))), [])
         if not paths:
             raise DataError(f"{folder / stems[0]}.tsv: missing. Put it there, as TSV or parquet.")
-        found[part] = read_sentences(paths[0])
+        pieces = [read_sentences(path) for path in paths if path.parent == paths[0].parent]  # parquet comes in pieces
+        loaded[part] = [text for texts, _ in pieces for text in texts], np.concatenate([y for _, y in pieces])
     classes = ("negative", "positive")
-    return Sentences(name, *found["train"], *found["test"], classes)
+    return Sentences(name, *loaded["train"], *loaded["test"], classes)
 
 
 def _first_existing(folder: Path, name: str) -> Path | None:
@@ -361,7 +362,7 @@ def read_idx(path: Path, md5: str | None = None) -> np.ndarray:
     number, then the bytes.
     """
     content = _read(path, md5)
-    if len(content) < 4 or content[:3] != b"\0\0\x08":
+    if len(content) < 4 or content[:3] != b"\0\0\x08" or not 1 <= content[3] <= 32:  # more, NumPy may not have
         raise DataError(f"{path}: not an IDX file of bytes. {_REPLACE}")
     header = 4 + 4 * content[3]
     if len(content) < header:
@@ -384,8 +385,8 @@ def read_cifar(path: Path, md5: str | None = None) -> tuple[np.ndarray, np.ndarr
         pixels, labels = records[:, 1:], records[:, 0].astype(np.int64)
     else:
         pixels, labels = _unpickled_batch(path, content)
-    if labels.max() > 9:
-        raise DataError(f"{path}: corrupt, it has a label {labels.max()} and CIFAR-10 has ten classes. {_REPLACE}")
+    if wrong := [label for label in (labels.min(), labels.max()) if not 0 <= label <= 9]:
+        raise DataError(f"{path}: corrupt, it has a label {wrong[0]} and CIFAR-10 has ten classes. {_REPLACE}")
     return pixels.reshape(-1, 3, 32, 32), labels
 
 
@@ -397,8 +398,7 @@ def read_sentences(path: Path) -> tuple[list[str], np.ndarray]:
     if path.suffix == ".parquet":
         columns = _parquet_columns(path)
     else:
-        rows = list(csv.reader(io.StringIO(_text(path)), delimiter="\t", quoting=csv.QUOTE_NONE))
-        columns = _by_columns(path, rows)
+        columns = _by_columns(path, _fields(path, _text(path), delimiter="\t", quoting=csv.QUOTE_NONE))
     if not {"sentence", "label"} <= set(columns):
         raise DataError(f"{path}: expected the columns 'sentence' and 'label', found {', '.join(columns) or 'none'}.")
     labels = [str(label) for label in columns["label"]]
@@ -413,7 +413,7 @@ def read_table(path: Path) -> Table:
     text = _text(path)
     header = text.partition("\n")[0]
     separator = max("\t;,", key=header.count)
-    columns = _by_columns(path, list(csv.reader(io.StringIO(text), delimiter=separator)))
+    columns = _by_columns(path, _fields(path, text, delimiter=separator))
     return Table(path.name, {name: _numbers_or_strings(values) for name, values in columns.items()})
 
 
@@ -475,6 +475,14 @@ def _text(path: Path) -> str:
         return _read(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text at byte {error.start:,}. Save it as UTF-8.") from error
+
+
+def _fields(path: Path, text: str, **how: Any) -> list[list[str]]:
+    """The lines of a table, cut into fields."""
+    try:
+        return list(csv.reader(io.StringIO(text), **how))
+    except csv.Error as error:
+        raise DataError(f"{path}: corrupt, not a table ({error}). {_REPLACE}") from error
 
 
 def _by_columns(path: Path, rows: list[list[str]]) -> dict[str, list[str]]:
