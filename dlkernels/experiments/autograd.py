@@ -472,7 +472,7 @@ def tell_histograms(options: Options, report: Report) -> None:
         "0.001 would be a reason to look for a mistake.",
     )
     report.table(
-        "",
+        f"{count:,} draws each.",
         ("", f"chi-square ({freedom} degrees of freedom)", "p", "draws of a category of weight 0"),
         rows,
     )
@@ -677,7 +677,7 @@ def tell_cost(options: Options, report: Report) -> None:
     )
     shown = range(0, len(sizes), 3) if len(sizes) > 6 else range(len(sizes))
     report.table(
-        "",
+        "Draws are what one draw takes when the table is there; medians of repeated calls.",
         ("categories", *(f"draw: {name} [ns]" for name in SAMPLERS), *(f"table: {name} [µs]" for name in SAMPLERS)),
         [
             (
