@@ -6,7 +6,6 @@
 #include <cstring>
 #include <sstream>
 #include <stdexcept>
-#include <string>
 #include <vector>
 
 #ifdef __CUDACC__
@@ -21,7 +20,7 @@ namespace dlkernels {
 
 // Throws std::runtime_error (RuntimeError in Python) with the parts joined to one sentence.
 template <class... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
+[[noreturn, gnu::noinline, gnu::cold]] void fail(const Parts&... parts) {
   std::ostringstream text;
   (text << ... << parts);
   throw std::runtime_error(text.str());
@@ -32,16 +31,21 @@ void check(bool condition, const Parts&... parts) {
   if (!condition) fail(parts...);
 }
 
-// "[2, 3, 5]", as Python prints a list.
+// "[2, 3, 5]", as Python prints a list; made only when it is printed, since most checks hold.
 template <class Sizes>
-std::string to_text(const Sizes& sizes) {
-  std::ostringstream text;
-  const char* separator = "[";
-  for (auto size : sizes) {
-    text << separator << size;
-    separator = ", ";
+struct ListText {
+  const Sizes& sizes;
+
+  friend std::ostream& operator<<(std::ostream& stream, const ListText& text) {
+    stream << '[';
+    for (size_t i = 0; i < text.sizes.size(); ++i) stream << (i > 0 ? ", " : "") << text.sizes[i];
+    return stream << ']';
   }
-  return text.str() + (sizes.size() == 0 ? "[]" : "]");
+};
+
+template <class Sizes>
+ListText<Sizes> to_text(const Sizes& sizes) {
+  return {sizes};
 }
 
 // `tensor` must have the dtype and the device of `input`; the error names both arguments.
@@ -60,7 +64,7 @@ using Ints = std::vector<int64_t>;
 template <class Tensor>
 Tensor to_contiguous(const Tensor& tensor);
 
-// Whether the tensor's dtype is stored as T: double, float, BFloat16, Half, int64_t or bool.
+// Whether the tensor's dtype is stored as T: double, float, BFloat16, Half, int64_t, int32_t or bool.
 template <class T, class Tensor>
 bool has_type(const Tensor& tensor);
 

@@ -8,9 +8,10 @@
 // Its backward, with r = 1 / sqrt(var + eps), h[i] = (x[i] - mean) * r and g[i] = s * weight[i] * dy[i]: moving x[i]
 // moves h[i] itself, and through mean and var every kept h[j]; the derivative is dh[j]/dx[i] = r * ((i == j) - (1 +
 // h[i]*h[j])/K).
-//   grad_x[i]      = r * (g[i] - (sum over kept j of g[j]) / K - h[i] * (sum over kept j of g[j] * h[j]) / K), 0 if
-//   dropped grad_weight[i] = s * sum over rows of dy[i] * h[i]     grad_bias[i] = s * sum over rows of dy[i]     0 if
-//   dropped
+//   grad_x[i]      = r * (g[i] - (sum over kept j of g[j]) / K - h[i] * (sum over kept j of g[j] * h[j]) / K)
+//   grad_weight[i] = s * sum over rows of dy[i] * h[i]
+//   grad_bias[i]   = s * sum over rows of dy[i]
+// where i is kept, 0 where it is dropped. mean and r are taken from x again: the row has to be read anyway.
 #pragma once
 
 #include <algorithm>
@@ -135,12 +136,10 @@ std::optional<Tensor> contiguous_or_none(const std::optional<Tensor>& tensor) {
   return tensor ? std::optional<Tensor>(to_contiguous(*tensor)) : std::nullopt;
 }
 
-// input (..., M), keep, weight, bias (M) -> output (..., M), mean (N), 1 / sqrt(var + eps) (N), these two in the type
-// that sums are made in
+// input (..., M), keep, weight, bias (M) -> output (..., M)
 template <class Kernels, class Tensor>
-std::tuple<Tensor, Tensor, Tensor> drop_norm(const Tensor& input, const std::optional<Tensor>& keep,
-                                             const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-                                             Ints normalized_shape, double eps, bool rescale) {
+Tensor drop_norm(const Tensor& input, const std::optional<Tensor>& keep, const std::optional<Tensor>& weight,
+                 const std::optional<Tensor>& bias, Ints normalized_shape, double eps, bool rescale) {
   const DropNormShape shape = check_drop_norm(input, keep, weight, bias, normalized_shape, eps, rescale);
   const Kernels kernels(input);
   const Ints sizes(input.sizes().begin(), input.sizes().end());
@@ -148,29 +147,25 @@ std::tuple<Tensor, Tensor, Tensor> drop_norm(const Tensor& input, const std::opt
   const auto keep_row = contiguous_or_none(keep), weight_row = contiguous_or_none(weight);
   const auto bias_row = contiguous_or_none(bias);
   Tensor output = kernels.empty_strided(input, sizes, contiguous_strides(sizes));
-  Tensor mean, rstd;
   for_row_and_parameter_type("drop_norm", input, weight ? weight : bias, [&](auto row, auto parameter) {
     using T = decltype(row);
     using P = decltype(parameter);
-    using A = Accumulate<T>;
-    mean = empty_of<A>(input, {shape.N});
-    rstd = empty_of<A>(input, {shape.N});
     const DropNormInput<T, P> in{(const T*)rows.tensor.const_data_ptr(), rows.stride, data_or_null<bool>(keep_row),
                                  data_or_null<P>(weight_row), data_or_null<P>(bias_row)};
-    kernels.forward(shape, in, (T*)output.mutable_data_ptr(), (A*)mean.mutable_data_ptr(), (A*)rstd.mutable_data_ptr());
+    kernels.forward(shape, in, (T*)output.mutable_data_ptr());
   });
-  return {output, mean, rstd};
+  return output;
 }
 
 // grad (..., M) -> gradients of input (..., M), weight (M), bias (M); None where output_mask is false
 template <class Kernels, class Tensor>
 std::tuple<Tensor, Tensor, Tensor> drop_norm_backward(const Tensor& grad, const Tensor& input,
                                                       const std::optional<Tensor>& keep,
-                                                      const std::optional<Tensor>& weight, const Tensor& mean,
-                                                      const Tensor& rstd, Ints normalized_shape, double eps,
-                                                      bool rescale, std::vector<bool> output_mask) {
+                                                      const std::optional<Tensor>& weight, Ints normalized_shape,
+                                                      double eps, bool rescale, std::vector<bool> output_mask) {
   const DropNormShape shape = check_drop_norm(input, keep, weight, {}, normalized_shape, eps, rescale);
-  check(grad.defined() && to_text(grad.sizes()) == to_text(input.sizes()),
+  check(grad.defined() &&
+            std::equal(grad.sizes().begin(), grad.sizes().end(), input.sizes().begin(), input.sizes().end()),
         "drop_norm_backward: grad must have the input's shape ", to_text(input.sizes()));
   check_like_input("drop_norm_backward", "grad", grad, input);
   const Kernels kernels(input);
@@ -184,34 +179,30 @@ std::tuple<Tensor, Tensor, Tensor> drop_norm_backward(const Tensor& grad, const 
   if (output_mask[0]) grad_input = kernels.empty_strided(input, sizes, contiguous_strides(sizes));
   if (output_mask[1]) grad_weight = kernels.empty_strided(parameter_like, normalized_shape, strides);
   if (output_mask[2]) grad_bias = kernels.empty_strided(parameter_like, normalized_shape, strides);
-  const Tensor mean_row = to_contiguous(mean), rstd_row = to_contiguous(rstd);
   for_row_and_parameter_type("drop_norm_backward", input, weight, [&](auto row, auto parameter) {
     using T = decltype(row);
     using P = decltype(parameter);
-    using A = Accumulate<T>;
     const DropNormInput<T, P> in{(const T*)rows.tensor.const_data_ptr(), rows.stride, data_or_null<bool>(keep_row),
                                  data_or_null<P>(weight_row), nullptr};
     kernels.backward(shape, in, (const T*)grad_rows.tensor.const_data_ptr(), grad_rows.stride,
-                     (const A*)mean_row.const_data_ptr(), (const A*)rstd_row.const_data_ptr(),
                      output_mask[0] ? (T*)grad_input.mutable_data_ptr() : nullptr,
                      output_mask[1] ? (P*)grad_weight.mutable_data_ptr() : nullptr,
-                     output_mask[2] ? (P*)grad_bias.mutable_data_ptr() : nullptr,
-                     [&](int64_t count) { return empty_of<A>(input, {count}); });
+                     output_mask[2] ? (P*)grad_bias.mutable_data_ptr() : nullptr);
   });
   return {grad_input, grad_weight, grad_bias};
 }
 
-// keys (M) int64 -> bool (M): false exactly at the `dropped` smallest keys, of equal keys at those with lower index
+// keys (M) int32 -> bool (M): false exactly at the `dropped` smallest keys, of equal keys at those with lower index
 template <class Kernels, class Tensor>
 Tensor drop_mask(const Tensor& keys, int64_t dropped) {
-  check(has_type<int64_t>(keys), "drop_mask: keys must be int64, got ", keys.scalar_type());
+  check(has_type<int32_t>(keys), "drop_mask: keys must be int32, got ", keys.scalar_type());
   check(keys.dim() == 1, "drop_mask: keys must be 1-D, got ", to_text(keys.sizes()));
   const int64_t M = keys.size(0);
   check(dropped >= 0 && dropped <= M, "drop_mask: dropped must lie in [0, ", M, "], got ", dropped);
   const Kernels kernels(keys);
   const Tensor row = to_contiguous(keys);
   Tensor keep = empty_of<bool>(keys, {M});
-  kernels.select(M, dropped, (const int64_t*)row.const_data_ptr(), (bool*)keep.mutable_data_ptr());
+  kernels.select(M, dropped, (const int32_t*)row.const_data_ptr(), (bool*)keep.mutable_data_ptr());
   return keep;
 }
 

@@ -21,14 +21,13 @@ STABLE_TORCH_LIBRARY(dlkernels, library) {
       "conv2d_backward(Tensor grad, Tensor input, Tensor weight, SymInt[2] stride, SymInt[4] padding, "
       "SymInt[2] dilation, SymInt groups, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
 
-  // mean and 1 / sqrt(var + eps) of every row come along for the backward
   library.def("drop_mask(Tensor keys, SymInt dropped) -> Tensor");
   library.def(
       "drop_norm(Tensor input, Tensor? keep, Tensor? weight, Tensor? bias, SymInt[] normalized_shape, float eps, "
-      "bool rescale) -> (Tensor, Tensor, Tensor)");
+      "bool rescale) -> Tensor");
   library.def(
-      "drop_norm_backward(Tensor grad, Tensor input, Tensor? keep, Tensor? weight, Tensor mean, Tensor rstd, "
-      "SymInt[] normalized_shape, float eps, bool rescale, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+      "drop_norm_backward(Tensor grad, Tensor input, Tensor? keep, Tensor? weight, SymInt[] normalized_shape, "
+      "float eps, bool rescale, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
 
   // for the benchmarks: run the processor at its limit, return the number of operations (0: it has no such unit)
   library.def("roof_fma(int rounds) -> int");

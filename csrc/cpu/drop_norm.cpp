@@ -18,103 +18,133 @@ namespace {
 
 // ---- tuning constants ----------------------------------------------------------------------------
 
-constexpr int64_t kTaskElements = 1 << 15;  // some 5 us of work, below which a second thread does not pay
-constexpr int64_t kSumBlock = 4096;         // features summed in float before their sum goes on in double
-constexpr int64_t kMostStretches = 16;      // partial rows of the parameters' gradients
-constexpr int64_t kRowBlock = 64;           // rows summed before their sum goes on: long sums are made of short ones
+constexpr int64_t kTaskElements = 1 << 15;   // some 5 us of work, below which a second thread does not pay
+constexpr int64_t kSumBlock = 4096;          // features summed in float before their sum goes on in double
+constexpr int64_t kMostStretches = 16;       // partial rows of the parameters' gradients
+constexpr int kGroupRows = 8;                // rows whose share of a parameter's gradient is summed in a register
+constexpr int64_t kGroupElements = 1 << 12;  // of rows normalised together: they stay in the first cache
+constexpr int64_t kGradGroupElements =
+    1 << 15;  // of rows of a group, backward: x, dy and the next group's stay in the second cache
+constexpr int64_t kStreamBytes = 16 << 20;  // of a result that, with the input, no last-level cache keeps
+constexpr int64_t kBlockRows = 64;          // rows summed before their sum goes on: long sums are made of short ones
 
 // ---- kernels: the features, as the loops want them ---------------------------------------------------
 
-template <class A>
-struct LaneMask;
-template <>
-struct LaneMask<float> {
-  using type = int32_t;
-};
-template <>
-struct LaneMask<double> {
-  using type = int64_t;
-};
-
-// The parameters padded to whole vectors: scale = s*weight, shift = s*bias, both 0 where dropped; mask has all bits set
-// where kept, none where dropped and in the padding.
+// scale = s*weight and shift = s*bias (M), both 0 where dropped; mask has all bits set where kept, none where dropped
+// and behind the last feature, and exists only where a feature may be dropped. The first `prefix` features hold at
+// least a sixteenth of the kept ones.
 template <class A>
 struct Features {
-  using Bits = typename LaneMask<A>::type;
-
-  int64_t M, kept;
-  A s;
-  Scratch<A> scale, shift;
-  Scratch<Bits> mask;
-
-  static int64_t padded(int64_t M) { return ceil_div(M, kLanes<A>) * kLanes<A>; }
+  int64_t M, kept, prefix, kept_in_prefix;
+  A s = 1;
+  const A *scale, *shift;
+  const int8_t* mask = nullptr;
 
   template <class T, class P>
-  Features(const DropNormShape& shape, const DropNormInput<T, P>& in)
-      : M(shape.M), kept(shape.M), s(1), scale(padded(M)), shift(padded(M)), mask(padded(M)) {
+  Features(const DropNormShape& shape, const DropNormInput<T, P>& in) : M(shape.M), kept(M) {
     if (in.keep != nullptr) {
-      kept = 0;
-      for (int64_t i = 0; i < M; ++i) kept += in.keep[i];
+      kept = std::count(in.keep, in.keep + M, true);
       if (shape.rescale && kept > 0) s = A(double(M) / double(kept));
+      int8_t* bits = own_mask_.emplace(M + kLanes<A>).data();
+      for (int64_t i = 0; i < M; ++i) bits[i] = -int8_t(in.keep[i]);
+      std::fill_n(bits + M, kLanes<A>, int8_t(0));
+      mask = bits;
     }
-    for (int64_t i = 0; i < M; ++i) mask.data()[i] = in.keep == nullptr || in.keep[i] ? -1 : 0;
-    for (int64_t i = 0; i < M; ++i) {
-      scale.data()[i] = mask.data()[i] ? (in.weight == nullptr ? s : s * A(load(in.weight[i]))) : A(0);
+    scale = times_s(in.weight, A(1), own_scale_);
+    shift = times_s(in.bias, A(0), own_shift_);
+    prefix = kept_in_prefix = 0;
+    while (prefix < M && kept_in_prefix < std::max(kSumBlock, kept / 16)) {
+      const int64_t end = std::min(M, prefix + kSumBlock);
+      kept_in_prefix += mask == nullptr ? end - prefix : std::count(mask + prefix, mask + end, -1);
+      prefix = end;
     }
-    for (int64_t i = 0; i < M; ++i)
-      shift.data()[i] = mask.data()[i] && in.bias != nullptr ? s * A(load(in.bias[i])) : 0;
-    std::fill(mask.data() + M, mask.data() + padded(M), 0);
-    std::fill(scale.data() + M, scale.data() + padded(M), A(0));
-    std::fill(shift.data() + M, shift.data() + padded(M), A(0));
   }
 
-  // x[i] where feature i is kept, else 0: dropped features may be NaN
-  Vector<A> keep_only(Vector<A> x, int64_t i) const {
-    return (Vector<A>)((Vector<Bits>)x & load_vector(mask.data() + i));
+ private:
+  // The parameter itself where there is nothing to do.
+  template <class P>
+  const A* times_s(const P* parameter, A otherwise, std::optional<Scratch<A>>& own) {
+    if constexpr (std::is_same_v<P, A>) {
+      if (parameter != nullptr && mask == nullptr) return parameter;
+    }
+    A* result = own.emplace(M).data();
+    for (int64_t i = 0; i < M; ++i) result[i] = s * (parameter == nullptr ? otherwise : A(load(parameter[i])));
+    if (mask != nullptr) {
+      for (int64_t i = 0; i < M; ++i) result[i] = mask[i] ? result[i] : A(0);
+    }
+    return result;
   }
+
+  std::optional<Scratch<int8_t>> own_mask_;
+  std::optional<Scratch<A>> own_scale_, own_shift_;
 };
 
-// A whole vector of features: straight from memory; where nothing is dropped there is nothing to mask.
+// How to reach a vector of features. Whole: straight from memory, in vectors of A whatever the memory holds; where
+// nothing is dropped there is nothing to mask.
 template <bool DROPS, class A>
 struct Whole {
   const Features<A>& features;
-  Vector<A> load(const A* row, int64_t i) const { return load_vector(row + i); }
-  void store(A* row, int64_t i, Vector<A> value) const { store_vector(row + i, value); }
+  template <class T>
+  Vector<A> load(const T* row, int64_t i) const {
+    return load_as<A>(row + i);
+  }
+  template <class T>
+  void store(T* row, int64_t i, Vector<A> value) const {
+    store_as<A>(row + i, value);
+  }
+  template <class T>
+  void write(T* row, int64_t i, Vector<A> value, bool stream) const {
+    stream ? stream_as<A>(row + i, value) : store_as<A>(row + i, value);
+  }
   Vector<A> kept(Vector<A> x, int64_t i) const {
-    if constexpr (DROPS) return features.keep_only(x, i);
+    if constexpr (DROPS) return where<A>(load_mask<A>(features.mask + i), x);
     return x;
   }
 };
 
 // The vector that the row ends in: filled up with zeros, and masked.
-template <class A>
+template <bool DROPS, class A>
 struct Tail {
   const Features<A>& features;
-  Vector<A> load(const A* row, int64_t i) const { return load_first(row + i, features.M - i); }
-  void store(A* row, int64_t i, Vector<A> value) const { store_first(row + i, features.M - i, value); }
-  Vector<A> kept(Vector<A> x, int64_t i) const { return features.keep_only(x, i); }
+  int64_t count;
+  template <class T>
+  Vector<A> load(const T* row, int64_t i) const {
+    return load_first_as<A>(row + i, count);
+  }
+  template <class T>
+  void store(T* row, int64_t i, Vector<A> value) const {
+    store_first_as<A>(row + i, count, value);
+  }
+  template <class T>
+  void write(T* row, int64_t i, Vector<A> value, bool) const {
+    store(row, i, value);
+  }
+  Vector<A> kept(Vector<A> x, int64_t i) const {
+    if constexpr (DROPS) return where<A>(load_mask<A>(features.mask + i), x);
+    return where<A>(first_lanes<A>(count), x);
+  }
 };
 
-// ---- kernels: one row in the type that sums are made in -----------------------------------------------
+// ---- kernels: a row ------------------------------------------------------------------------------------
 
 // Calls run(i, at) for every vector of a row, `at` being how to reach it.
 template <bool DROPS, class A, class Run>
 inline void for_each_vector(const Features<A>& features, const Run& run) {
   const int64_t whole = features.M / kLanes<A> * kLanes<A>;
   for (int64_t i = 0; i < whole; i += kLanes<A>) run(i, Whole<DROPS, A>{features});
-  if (whole < features.M) run(whole, Tail<A>{features});
+  if (whole < features.M) run(whole, Tail<DROPS, A>{features, features.M - whole});
 }
 
-// Two sums over a row: calls term(i, at, first, second) to add vector i to both; in A for kSumBlock features, then in
-// double, so that long rows lose nothing.
+// Two sums over the first `count` features of a row: calls term(i, at, first, second) to add vector i to both; in A for
+// kSumBlock features, then in double, so that long rows lose nothing.
 template <bool DROPS, class A, class Term>
-inline void sum_twice(const Features<A>& features, const Term& term, double& first, double& second) {
+inline void sum_twice(const Features<A>& features, int64_t count, const Term& term, double& first, double& second) {
   constexpr int kChains = 4;  // sums that do not wait for each other
   constexpr int64_t L = kLanes<A>;
   static_assert(kSumBlock % (kChains * L) == 0);
-  const int64_t whole = features.M / L * L;
+  const int64_t whole = count / L * L;
   first = second = 0;
-  for (int64_t begin = 0; begin < features.M; begin += kSumBlock) {
+  for (int64_t begin = 0; begin < count; begin += kSumBlock) {
     const int64_t end = std::min(whole, begin + kSumBlock);
     Vector<A> a[kChains] = {}, b[kChains] = {};
     int64_t i = begin;
@@ -122,137 +152,187 @@ inline void sum_twice(const Features<A>& features, const Term& term, double& fir
       for (int chain = 0; chain < kChains; ++chain) term(i + chain * L, Whole<DROPS, A>{features}, a[chain], b[chain]);
     }
     for (; i < end; i += L) term(i, Whole<DROPS, A>{features}, a[0], b[0]);
-    if (end == whole && whole < features.M && features.M - begin <= kSumBlock) {
-      term(whole, Tail<A>{features}, a[1], b[1]);
+    if (end == whole && whole < count && count - begin <= kSumBlock) {
+      term(whole, Tail<DROPS, A>{features, count - whole}, a[1], b[1]);
     }
     first += sum_of_lanes<A>((a[0] + a[1]) + (a[2] + a[3]));
     second += sum_of_lanes<A>((b[0] + b[1]) + (b[2] + b[3]));
   }
 }
 
-template <class A>
-struct Statistics {
-  A mean, rstd;
+template <class T, class A>
+struct Row {
+  const T* x;
+  A mean = 0, rstd = 0;
 };
 
 // Where squares overflow A (rows of 1e30), or a row is not finite: the definition, in double.
-template <class A>
-Statistics<A> statistics_in_double(const A* x, const Features<A>& features, double eps) {
+template <class T, class A>
+void statistics_in_double(Row<T, A>& row, const Features<A>& features, double eps) {
+  const T* x = row.x;
+  const auto kept = [&](int64_t i) { return features.mask == nullptr || features.mask[i] != 0; };
   double sum = 0, squares = 0;
-  for (int64_t i = 0; i < features.M; ++i) sum += features.mask.data()[i] ? double(x[i]) : 0.0;
+  for (int64_t i = 0; i < features.M; ++i) sum += kept(i) ? double(load(x[i])) : 0.0;
   const double mean = sum / features.kept;
   for (int64_t i = 0; i < features.M; ++i) {
-    const double distance = features.mask.data()[i] ? x[i] - mean : 0.0;
+    const double distance = kept(i) ? load(x[i]) - mean : 0.0;
     squares += distance * distance;
   }
-  return {A(mean), A(1 / std::sqrt(squares / features.kept + eps))};
+  row.mean = A(mean);
+  row.rstd = A(1 / std::sqrt(squares / features.kept + eps));
 }
 
-// mean = sum x / K;  var = sum (x - mean)^2 / K, with what rounding left of sum (x - mean) taken out of both
-template <bool DROPS, class A>
-Statistics<A> statistics(const A* x, const Features<A>& features, double eps) {
+// mean = sum x / K;  var = sum (x - mean)^2 / K. In two sweeps: first the mean of the prefix, which is the row unless
+// it is long, then the distances d from it: mean += sum d / K,  var = sum d^2 / K - (sum d / K)^2. As the prefix holds
+// a sixteenth of the row, (sum d / K)^2 <= 15 var whatever the row: the difference loses four bits at most. Step by
+// step for all rows of a group, so that one row's short sums need not wait for another's.
+template <bool DROPS, class R, class A>
+void statistics(R* rows, int count, const Features<A>& features, double eps) {
+  if (features.kept == 0) return;
   const double per_kept = 1.0 / features.kept;
-  double sum, unused, rest, squares;
-  sum_twice<DROPS>(
-      features, [&](int64_t i, const auto& at, Vector<A>& a, Vector<A>&) { a += at.kept(at.load(x, i), i); }, sum,
-      unused);
-  const A mean = A(sum * per_kept);
-  sum_twice<DROPS>(
-      features,
-      [&](int64_t i, const auto& at, Vector<A>& a, Vector<A>& b) {
-        const Vector<A> distance = at.kept(at.load(x, i) - mean, i);
-        a += distance;
-        b += distance * distance;
-      },
-      rest, squares);
-  rest *= per_kept;
-  const double variance = squares * per_kept - rest * rest;
-  if (!std::isfinite(variance)) return statistics_in_double(x, features, eps);
-  return {A(mean + rest), A(1 / std::sqrt(std::max(variance, 0.0) + eps))};
+  double rest[kGroupRows], squares[kGroupRows];
+  for (int n = 0; n < count; ++n) {
+    const auto* x = rows[n].x;
+    double sum, unused;
+    sum_twice<DROPS>(
+        features, features.prefix,
+        [&](int64_t i, const auto& at, Vector<A>& a, Vector<A>&) { a += at.kept(at.load(x, i), i); }, sum, unused);
+    rows[n].mean = A(sum / features.kept_in_prefix);
+  }
+  for (int n = 0; n < count; ++n) {
+    const auto* x = rows[n].x;
+    const A mean = rows[n].mean;
+    sum_twice<DROPS>(
+        features, features.M,
+        [&](int64_t i, const auto& at, Vector<A>& a, Vector<A>& b) {
+          const Vector<A> distance = at.kept(at.load(x, i) - mean, i);
+          a += distance;
+          b += distance * distance;
+        },
+        rest[n], squares[n]);
+  }
+  for (int n = 0; n < count; ++n) {
+    rest[n] *= per_kept;
+    const double variance = squares[n] * per_kept - rest[n] * rest[n];
+    rows[n].mean += A(rest[n]);
+    rows[n].rstd = A(1 / std::sqrt(std::max(variance, 0.0) + eps));
+    if (!std::isfinite(variance)) statistics_in_double(rows[n], features, eps);
+  }
 }
 
 // y[i] = (x[i] - mean) * rstd * scale[i] + shift[i]
-template <bool DROPS, class A>
-void normalise(const A* x, const Features<A>& features, const Statistics<A>& of, A* y) {
+template <bool DROPS, class T, class A>
+void normalise(const Row<T, A>& row, const Features<A>& features, T* y, bool stream) {
   for_each_vector<DROPS>(features, [&](int64_t i, const auto& at) {
-    const Vector<A> h = (at.load(x, i) - of.mean) * of.rstd;
-    const Vector<A> value = h * load_vector(features.scale.data() + i) + load_vector(features.shift.data() + i);
-    at.store(y, i, at.kept(value, i));
+    const Vector<A> h = (at.load(row.x, i) - row.mean) * row.rstd;
+    const Vector<A> value = h * at.load(features.scale, i) + at.load(features.shift, i);
+    at.write(y, i, at.kept(value, i), stream);
   });
 }
 
-// The row's two sums for grad_x, sum g and sum g*h with g = scale*dy; adds dy*h and dy to the partial sums on the way.
-template <bool DROPS, class A>
-void sum_gradients(const A* x, const A* dy, const Features<A>& features, const Statistics<A>& of, A* weight_sums,
-                   A* bias_sums, double& sum_g, double& sum_gh) {
+// ---- kernels: a group of rows, backward ----------------------------------------------------------------
+
+// A row with its gradients, and what grad_x needs of the whole row.
+template <class T, class A>
+struct GradRow : Row<T, A> {
+  const T* dy;
+  const T *next_x, *next_dy;
+  T* grad_x;          // null: not wanted
+  A mean_g, mean_gh;  // sum g / K,  sum (g*h) / K
+};
+
+// mean_g and mean_gh, with g = scale*dy and h = (x - mean) * rstd
+template <bool DROPS, class T, class A>
+void sum_gradients(GradRow<T, A>& row, const Features<A>& features, bool fetch) {
+  double sum_g, sum_gh;
   sum_twice<DROPS>(
-      features,
+      features, features.M,
       [&](int64_t i, const auto& at, Vector<A>& a, Vector<A>& b) {
-        const Vector<A> h = at.kept((at.load(x, i) - of.mean) * of.rstd, i);
-        const Vector<A> d = at.kept(at.load(dy, i), i);
-        const Vector<A> g = d * load_vector(features.scale.data() + i);
+        const Vector<A> h = at.kept((at.load(row.x, i) - row.mean) * row.rstd, i);
+        const Vector<A> g = at.kept(at.load(row.dy, i), i) * at.load(features.scale, i);
         a += g;
         b += g * h;
-        store_vector(weight_sums + i, load_vector(weight_sums + i) + d * h);
-        store_vector(bias_sums + i, load_vector(bias_sums + i) + d);
+        if (fetch) __builtin_prefetch(row.grad_x + i, 1);  // for grad_of_group, whose rows the processor cannot foresee
       },
       sum_g, sum_gh);
+  const double per_kept = 1.0 / std::max<int64_t>(1, features.kept);
+  row.mean_g = A(sum_g * per_kept);
+  row.mean_gh = A(sum_gh * per_kept);
 }
 
-// grad_x[i] = rstd * (g[i] - mean_g - h[i] * mean_gh), 0 where dropped
-template <bool DROPS, class A>
-void grad_of_row(const A* x, const A* dy, const Features<A>& features, const Statistics<A>& of, A mean_g, A mean_gh,
-                 A* grad_x) {
-  for_each_vector<DROPS>(features, [&](int64_t i, const auto& at) {
-    const Vector<A> h = (at.load(x, i) - of.mean) * of.rstd;
-    const Vector<A> g = at.load(dy, i) * load_vector(features.scale.data() + i);
-    at.store(grad_x, i, at.kept((g - mean_g - h * mean_gh) * of.rstd, i));
-  });
-}
-
-// ---- kernels: 16-bit rows go through a row of float ------------------------------------------------
-
-template <class T>
-const Accumulate<T>* as_sums(const T* row, int64_t M, Accumulate<T>* buffer) {
-  if constexpr (std::is_same_v<T, Accumulate<T>>) {
-    return row;
-  } else {
-    for (int64_t i = 0; i < M; ++i) buffer[i] = load(row[i]);
-    return buffer;
+// For each row: grad_x[i] = rstd * (g[i] - mean g - h[i] * mean gh), 0 where dropped
+//               weight_sums[i] += dy[i] * h[i],   bias_sums[i] += dy[i]
+template <bool DROPS, int VECTORS, class T, class A, class At>
+inline void grad_of_columns(const GradRow<T, A>* rows, int count, const Features<A>& features, int64_t i, const At& at,
+                            A* weight_sums, A* bias_sums, bool stream) {
+  constexpr int64_t L = kLanes<A>;
+  Vector<A> weight_sum[VECTORS] = {}, bias_sum[VECTORS] = {}, scale[VECTORS];
+  for (int v = 0; v < VECTORS; ++v) scale[v] = at.load(features.scale, i + v * L);
+  for (int n = 0; n < count; ++n) {
+    const GradRow<T, A> row = rows[n];
+    for (int v = 0; v < VECTORS; ++v) {
+      const int64_t j = i + v * L;
+      const Vector<A> h = (at.load(row.x, j) - row.mean) * row.rstd, dy = at.load(row.dy, j);
+      if (stream) {
+        __builtin_prefetch(row.next_x + j, 0, 2);
+        __builtin_prefetch(row.next_dy + j, 0, 2);
+      }
+      weight_sum[v] += dy * h;
+      bias_sum[v] += dy;
+      if (row.grad_x == nullptr) continue;
+      const Vector<A> grad_h = dy * scale[v] - (row.mean_g + h * row.mean_gh);
+      at.write(row.grad_x, j, at.kept(grad_h * row.rstd, j), stream);
+    }
+  }
+  for (int v = 0; v < VECTORS; ++v) {
+    const int64_t j = i + v * L;
+    at.store(weight_sums, j, at.load(weight_sums, j) + at.kept(weight_sum[v], j));
+    at.store(bias_sums, j, at.load(bias_sums, j) + at.kept(bias_sum[v], j));
   }
 }
 
-// Where a row's results are computed: in place, or in the buffer that `finish` then rounds.
-template <class T>
-Accumulate<T>* result_row(T* row, Accumulate<T>* buffer) {
-  if constexpr (std::is_same_v<T, Accumulate<T>>) return row;
-  return buffer;
-}
-
-template <class T>
-void finish(T* row, int64_t M, const Accumulate<T>* buffer) {
-  if constexpr (!std::is_same_v<T, Accumulate<T>>) {
-    for (int64_t i = 0; i < M; ++i) row[i] = store<T>(buffer[i]);
+template <bool DROPS, class T, class A>
+void grad_of_group(const GradRow<T, A>* rows, int count, const Features<A>& features, A* weight_sums, A* bias_sums,
+                   bool stream) {
+  constexpr int kWide = 4;  // vectors that share a row's numbers
+  constexpr int64_t L = kLanes<A>;
+  const int64_t M = features.M, whole = M / L * L;
+  int64_t i = 0;
+  for (; i + kWide * L <= whole; i += kWide * L) {
+    grad_of_columns<DROPS, kWide>(rows, count, features, i, Whole<DROPS, A>{features}, weight_sums, bias_sums, stream);
   }
-}
-
-template <class T>
-int64_t buffer_size(int64_t M) {
-  return std::is_same_v<T, Accumulate<T>> ? 0 : M;
+  for (; i < whole; i += L) {
+    grad_of_columns<DROPS, 1>(rows, count, features, i, Whole<DROPS, A>{features}, weight_sums, bias_sums, stream);
+  }
+  if (i < M) {
+    grad_of_columns<DROPS, 1>(rows, count, features, i, Tail<DROPS, A>{features, M - i}, weight_sums, bias_sums,
+                              stream);
+  }
 }
 
 // ---- launchers -----------------------------------------------------------------------------------
 
+int64_t rows_of_group(int64_t elements, int64_t M) {
+  return std::clamp<int64_t>(elements / std::max<int64_t>(1, M), 1, kGroupRows);
+}
+// Whether a result of the input's shape is written past the caches: it does not fit, and rows are whole vectors.
+template <class T>
+bool goes_past_cache(const DropNormShape& shape, const T* result) {
+  constexpr int64_t kAlignment = kLanes<Accumulate<T>> * sizeof(T);
+  const int64_t row_bytes = shape.M * sizeof(T);
+  return shape.N * row_bytes >= kStreamBytes && row_bytes % kAlignment == 0 && uintptr_t(result) % kAlignment == 0;
+}
+
 int64_t rows_of_task(int64_t M) { return std::max<int64_t>(1, kTaskElements / std::max<int64_t>(1, M)); }
 
-// Adds the partial rows (stretches, padded) in order, times s.
+// Adds the partial rows (stretches, M) in order, times s.
 template <class P, class A>
-void sum_stretches(const A* partial, int64_t stretches, int64_t padded, int64_t M, A s, P* sums) {
+void sum_stretches(const A* partial, int64_t stretches, int64_t M, A s, P* sums) {
   if (sums == nullptr) return;
   parallel_for(M, kTaskElements / stretches, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       A sum = 0;
-      for (int64_t stretch = 0; stretch < stretches; ++stretch) sum += partial[stretch * padded + i];
+      for (int64_t stretch = 0; stretch < stretches; ++stretch) sum += partial[stretch * M + i];
       sums[i] = store<P>(sum * s);
     }
   });
@@ -267,90 +347,95 @@ void with_bool(bool value, const Run& run) {
 struct CpuDropNorm : CpuKernels {
   using CpuKernels::CpuKernels;
 
-  template <class T, class P, class A>
-  void forward(const DropNormShape& shape, const DropNormInput<T, P>& in, T* output, A* mean, A* rstd) const {
-    const Features<A> features(shape, in);
+  template <class T, class P>
+  void forward(const DropNormShape& shape, const DropNormInput<T, P>& in, T* output) const {
+    const Features<Accumulate<T>> features(shape, in);
+    const bool stream = goes_past_cache(shape, output);
     with_bool(in.keep != nullptr, [&](auto drops) {
       parallel_for(shape.N, rows_of_task(shape.M), [&](int64_t begin, int64_t end) {
-        Scratch<A> buffer(buffer_size<T>(shape.M));
-        for (int64_t n = begin; n < end; ++n) {
-          T* y = output + n * shape.M;
-          const A* x = as_sums(in.input + n * in.row_stride, shape.M, buffer.data());
-          Statistics<A> of{0, 0};
-          if (features.kept > 0) of = statistics<drops>(x, features, shape.eps);
-          normalise<drops>(x, features, of, result_row(y, buffer.data()));
-          finish(y, shape.M, buffer.data());
-          mean[n] = of.mean;
-          rstd[n] = of.rstd;
+        const int64_t group = rows_of_group(kGroupElements, shape.M);
+        for (int64_t n = begin; n < end; n += group) {
+          Row<T, Accumulate<T>> rows[kGroupRows];
+          const int count = int(std::min(group, end - n));
+          for (int i = 0; i < count; ++i) rows[i].x = in.input + (n + i) * in.row_stride;
+          statistics<drops>(rows, count, features, shape.eps);
+          for (int i = 0; i < count; ++i) normalise<drops>(rows[i], features, output + (n + i) * shape.M, stream);
         }
+        write_streams();
       });
     });
   }
 
-  // grad_input, grad_weight and grad_bias may be null: not wanted. allocate(count) is a tensor of A.
-  template <class T, class P, class A, class Allocate>
+  // grad_input, grad_weight and grad_bias may be null: not wanted.
+  template <class T, class P>
   void backward(const DropNormShape& shape, const DropNormInput<T, P>& in, const T* grad, int64_t grad_row_stride,
-                const A* mean, const A* rstd, T* grad_input, P* grad_weight, P* grad_bias,
-                const Allocate& allocate) const {
+                T* grad_input, P* grad_weight, P* grad_bias) const {
+    using A = Accumulate<T>;
     const Features<A> features(shape, in);
-    const int64_t N = shape.N, M = shape.M, padded = Features<A>::padded(M);
-    const int64_t stretches = std::clamp<int64_t>(std::min(N, N * M / kTaskElements), 1, kMostStretches);
-    const auto sums = allocate(2 * stretches * padded);
-    A* weight_sums = (A*)sums.mutable_data_ptr();
-    A* bias_sums = weight_sums + stretches * padded;
-    const A per_kept = A(1.0 / std::max<int64_t>(1, features.kept));
+    const int64_t N = shape.N, M = shape.M;
+    const bool stream = goes_past_cache(shape, grad_input);
+    const int64_t stretches = std::clamp<int64_t>(std::min(N / kGroupRows, N * M / kTaskElements), 1, kMostStretches);
+    Scratch<A> sums(2 * stretches * M);
+    A* weight_sums = sums.data();
+    const bool fetch = grad_input != nullptr && !stream;
+    const int64_t group_rows = rows_of_group(kGradGroupElements, M);
+    A* bias_sums = weight_sums + stretches * M;
     with_bool(in.keep != nullptr, [&](auto drops) {
       parallel_for(stretches, 1, [&](int64_t begin, int64_t end) {
-        Scratch<A> x_buffer(buffer_size<T>(M)), dy_buffer(buffer_size<T>(M)), block_sums(2 * padded);
-        A* weight_block = block_sums.data();
-        A* bias_block = weight_block + padded;
-        const auto grad_of = [&](int64_t n) {
-          const A* x = as_sums(in.input + n * in.row_stride, M, x_buffer.data());
-          const A* dy = as_sums(grad + n * grad_row_stride, M, dy_buffer.data());
-          const Statistics<A> of{mean[n], rstd[n]};
-          double sum_g, sum_gh;
-          sum_gradients<drops>(x, dy, features, of, weight_block, bias_block, sum_g, sum_gh);
-          if (grad_input == nullptr) return;
-          T* grad_x = grad_input + n * M;
-          grad_of_row<drops>(x, dy, features, of, A(sum_g) * per_kept, A(sum_gh) * per_kept,
-                             result_row(grad_x, x_buffer.data()));
-          finish(grad_x, M, x_buffer.data());
-        };
+        Scratch<A> block_sums(2 * M);
         for (int64_t stretch = begin; stretch < end; ++stretch) {
-          A* weight_row = weight_sums + stretch * padded;
-          A* bias_row = bias_sums + stretch * padded;
-          std::fill_n(weight_row, padded, A(0));
-          std::fill_n(bias_row, padded, A(0));
-          const int64_t last = N * (stretch + 1) / stretches;
-          for (int64_t n = N * stretch / stretches; n < last;) {
-            std::fill_n(weight_block, 2 * padded, A(0));
-            for (const int64_t stop = std::min(last, n + kRowBlock); n < stop; ++n) grad_of(n);
-            for (int64_t i = 0; i < padded; ++i) weight_row[i] += weight_block[i];
-            for (int64_t i = 0; i < padded; ++i) bias_row[i] += bias_block[i];
+          A* weight_row = weight_sums + stretch * M;
+          A* bias_row = bias_sums + stretch * M;
+          std::fill_n(weight_row, M, A(0));
+          std::fill_n(bias_row, M, A(0));
+          const int64_t first = N * stretch / stretches, last = N * (stretch + 1) / stretches;
+          for (int64_t n = first; n < last; n += kBlockRows) {
+            std::fill_n(block_sums.data(), 2 * M, A(0));
+            const int64_t stop = std::min(last, n + kBlockRows);
+            for (int64_t group = n; group < stop; group += group_rows) {
+              GradRow<T, A> rows[kGroupRows];
+              const int count = int(std::min(group_rows, stop - group));
+              for (int i = 0; i < count; ++i) {
+                const int64_t row = group + i;
+                rows[i].x = in.input + row * in.row_stride;
+                rows[i].dy = grad + row * grad_row_stride;
+                rows[i].next_x = rows[i].x + group_rows * in.row_stride;
+                rows[i].next_dy = rows[i].dy + group_rows * grad_row_stride;
+                rows[i].grad_x = grad_input == nullptr ? nullptr : grad_input + row * M;
+              }
+              statistics<drops>(rows, count, features, shape.eps);
+              for (int i = 0; i < count; ++i) sum_gradients<drops>(rows[i], features, fetch);
+              grad_of_group<drops>(rows, count, features, block_sums.data(), block_sums.data() + M, stream);
+            }
+            for (int64_t i = 0; i < M; ++i) weight_row[i] += block_sums.data()[i];
+            for (int64_t i = 0; i < M; ++i) bias_row[i] += block_sums.data()[M + i];
           }
         }
+        write_streams();
       });
     });
-    sum_stretches(weight_sums, stretches, padded, M, features.s, grad_weight);
-    sum_stretches(bias_sums, stretches, padded, M, features.s, grad_bias);
+    sum_stretches(weight_sums, stretches, M, features.s, grad_weight);
+    sum_stretches(bias_sums, stretches, M, features.s, grad_bias);
   }
 
   // Counts keys by their upper bits, so that only the keys of one bin need sorting out.
-  void select(int64_t M, int64_t dropped, const int64_t* keys, bool* keep) const {
-    constexpr int kShift = 56, kBins = 256;
-    const auto bin_of = [&](int64_t i) { return (uint64_t(keys[i]) ^ (uint64_t(1) << 63)) >> kShift; };
+  void select(int64_t M, int64_t dropped, const int32_t* keys, bool* keep) const {
+    constexpr int kShift = 24, kBins = 256;
+    const auto bin_of = [&](int64_t i) { return (uint32_t(keys[i]) ^ (uint32_t(1) << 31)) >> kShift; };
     int64_t counts[kBins] = {};
     for (int64_t i = 0; i < M; ++i) ++counts[bin_of(i)];
-    uint64_t bin = 0;
+    uint32_t bin = 0;
     int64_t below = 0;
     while (bin < kBins - 1 && below + counts[bin] < dropped) below += counts[bin++];
-    std::vector<int64_t> candidates;
-    candidates.reserve(counts[bin]);
+    std::vector<int64_t> candidates(counts[bin] + 1);  // one more: written and then overwritten
+    int64_t found = 0;
     for (int64_t i = 0; i < M; ++i) {
-      const uint64_t own = bin_of(i);
+      const uint32_t own = bin_of(i);
       keep[i] = own >= bin;
-      if (own == bin) candidates.push_back(i);
+      candidates[found] = i;
+      found += own == bin;
     }
+    candidates.pop_back();
     const auto smaller = [&](int64_t i, int64_t j) { return keys[i] < keys[j] || (keys[i] == keys[j] && i < j); };
     const auto cut = candidates.begin() + (dropped - below);
     if (cut != candidates.end()) std::nth_element(candidates.begin(), cut, candidates.end(), smaller);

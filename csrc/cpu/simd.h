@@ -5,10 +5,14 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <type_traits>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+
+#include "../common.h"
 
 namespace dlkernels {
 
@@ -67,23 +71,191 @@ inline void store_first(T* to, int64_t count, Vector<T> vector) {
   memcpy(to, &vector, count * sizeof(T));
 }
 
-// The sum of a vector's lanes, halves added to halves.
-template <class T, int LANES = kLanes<T>>
-inline T sum_of_lanes(const T (&lanes)[LANES]) {
-  if constexpr (LANES == 1) {
-    return lanes[0];
-  } else {
-    T halves[LANES / 2];
-    for (int i = 0; i < LANES / 2; ++i) halves[i] = lanes[i] + lanes[i + LANES / 2];
-    return sum_of_lanes<T, LANES / 2>(halves);
+// ---- masks: all bits of a lane set, or none ------------------------------------------------------
+
+template <class T>
+struct MaskOf {
+  typedef std::conditional_t<sizeof(T) == 8, int64_t, int32_t> type __attribute__((vector_size(kVectorBytes)));
+};
+template <class T>
+using Mask = typename MaskOf<T>::type;
+
+// The first `count` lanes.
+template <class T>
+inline Mask<T> first_lanes(int64_t count) {
+  Mask<T> lane;
+  for (int i = 0; i < kLanes<T>; ++i) lane[i] = i;
+  return lane < int(count);
+}
+
+// From bytes that are 0 or -1.
+template <class T>
+inline Mask<T> load_mask(const int8_t* from) {
+#if defined(__AVX512F__)  // GCC 12 converts the bytes one by one
+  if constexpr (sizeof(T) == 4)
+    return (Mask<T>)_mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128((const __m128i*)from));
+  if constexpr (sizeof(T) == 8) return (Mask<T>)_mm512_maskz_cvtepi8_epi64(0xff, _mm_loadl_epi64((const __m128i*)from));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return (Mask<T>)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from));
+  if constexpr (sizeof(T) == 8) return (Mask<T>)_mm256_cvtepi8_epi64(_mm_loadu_si32(from));
+#else
+  typedef int8_t Bytes __attribute__((vector_size(kLanes<T>)));
+  Bytes bytes;
+  memcpy(&bytes, from, sizeof bytes);
+  return __builtin_convertvector(bytes, Mask<T>);
+#endif
+}
+
+// The vector's lanes that the mask has, and 0 in the others.
+template <class T>
+inline Vector<T> where(Mask<T> mask, Vector<T> vector) {
+  return (Vector<T>)((Mask<T>)vector & mask);
+}
+
+// ---- memory in one type, vectors in another: 16-bit numbers are computed with as floats ----------
+
+// As many 16-bit patterns as a vector has floats.
+typedef uint16_t Patterns __attribute__((vector_size(kVectorBytes / 2)));
+
+inline Vector<float> widen(Patterns patterns, BFloat16) {
+  return (Vector<float>)(__builtin_convertvector(patterns, Vector<uint32_t>) << 16);
+}
+
+inline Patterns narrow(Vector<float> vector, BFloat16) {  // lane by lane as store<BFloat16>
+  const Vector<uint32_t> bits = (Vector<uint32_t>)vector;
+  const Vector<uint32_t> rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Vector<uint32_t> nan = (bits >> 16) | 0x40u;
+  const auto is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  return __builtin_convertvector(is_nan ? nan : rounded, Patterns);
+}
+
+inline Vector<float> widen(Patterns patterns, Half) {
+#if defined(__AVX512F__)
+  return (Vector<float>)_mm512_maskz_cvtph_ps(0xffff, (__m256i)patterns);
+#elif defined(__F16C__)
+  return (Vector<float>)_mm256_cvtph_ps((__m128i)patterns);
+#else
+  Vector<float> vector;
+  for (int i = 0; i < kLanes<float>; ++i) vector[i] = load(Half{patterns[i]});
+  return vector;
+#endif
+}
+
+inline Patterns narrow(Vector<float> vector, Half) {
+#if defined(__AVX512F__)
+  return (Patterns)_mm512_maskz_cvtps_ph(0xffff, (__m512)vector, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__)
+  return (Patterns)_mm256_cvtps_ph((__m256)vector, _MM_FROUND_TO_NEAREST_INT);
+#else
+  Patterns patterns;
+  for (int i = 0; i < kLanes<float>; ++i) patterns[i] = store<Half>(vector[i]).bits;
+  return patterns;
+#endif
+}
+
+inline Patterns load_first_patterns(const void* from, int64_t count) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  return (Patterns)_mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), from);
+#else
+  Patterns patterns = {};
+  memcpy(&patterns, from, count * sizeof(uint16_t));
+  return patterns;
+#endif
+}
+
+inline void store_first_patterns(void* to, int64_t count, Patterns patterns) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  _mm256_mask_storeu_epi16(to, __mmask16((1u << count) - 1), (__m256i)patterns);
+#else
+  memcpy(to, &patterns, count * sizeof(uint16_t));
+#endif
+}
+
+template <class A, class T>
+inline Vector<A> load_as(const T* from) {
+  if constexpr (std::is_same_v<A, T>) return load_vector(from);
+  if constexpr (!std::is_same_v<A, T>) {
+    Patterns patterns;
+    memcpy(&patterns, from, sizeof patterns);
+    return widen(patterns, T{});
   }
 }
 
-template <class T>
+template <class A, class T>
+inline void store_as(T* to, Vector<A> vector) {
+  if constexpr (std::is_same_v<A, T>) return store_vector(to, vector);
+  if constexpr (!std::is_same_v<A, T>) {
+    const Patterns patterns = narrow(vector, T{});
+    memcpy(to, &patterns, sizeof patterns);
+  }
+}
+
+// As store_as, past the caches: a result that is too large to stay there is not read into them first. `to` is aligned
+// to kVectorBytes (half of that for 16-bit numbers); write_streams() must follow before another thread reads.
+template <class A, class T>
+inline void stream_as(T* to, Vector<A> vector) {
+#if defined(__SSE2__)
+  if constexpr (std::is_same_v<A, T>) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512((__m512i*)to, (__m512i)vector);
+#elif defined(__AVX2__)
+    _mm256_stream_si256((__m256i*)to, (__m256i)vector);
+#else
+    _mm_stream_si128((__m128i*)to, (__m128i)vector);
+#endif
+  } else {
+#if defined(__AVX512F__)
+    _mm256_stream_si256((__m256i*)to, (__m256i)narrow(vector, T{}));
+#elif defined(__AVX2__)
+    _mm_stream_si128((__m128i*)to, (__m128i)narrow(vector, T{}));
+#else
+    store_as(to, vector);
+#endif
+  }
+#else
+  store_as(to, vector);
+#endif
+}
+
+inline void write_streams() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+template <class A, class T>
+inline Vector<A> load_first_as(const T* from, int64_t count) {
+  if constexpr (std::is_same_v<A, T>) return load_first(from, count);
+  if constexpr (!std::is_same_v<A, T>) {
+    return widen(load_first_patterns(from, count), T{});
+  }
+}
+
+template <class A, class T>
+inline void store_first_as(T* to, int64_t count, Vector<A> vector) {
+  if constexpr (std::is_same_v<A, T>) return store_first(to, count, vector);
+  if constexpr (!std::is_same_v<A, T>) {
+    store_first_patterns(to, count, narrow(vector, T{}));
+  }
+}
+
+// ---- sums ------------------------------------------------------------------------------------------
+
+// Lane i takes what lane i ^ DISTANCE has.
+template <int DISTANCE, class V, int... LANE>
+inline V exchange_lanes(V vector, std::integer_sequence<int, LANE...>) {
+  return __builtin_shufflevector(vector, vector, (LANE ^ DISTANCE)...);
+}
+
+// The sum of a vector's lanes, halves added to halves.
+template <class T, int LANES = kLanes<T>>
 inline T sum_of_lanes(Vector<T> vector) {
-  T lanes[kLanes<T>];
-  memcpy(lanes, &vector, sizeof vector);
-  return sum_of_lanes<T, kLanes<T>>(lanes);
+  if constexpr (LANES == 1) {
+    return vector[0];
+  } else {
+    using AllLanes = std::make_integer_sequence<int, kLanes<T>>;
+    return sum_of_lanes<T, LANES / 2>(vector + exchange_lanes<LANES / 2>(vector, AllLanes{}));
+  }
 }
 
 // While it lives, this thread reads denormals as zero and flushes results that would be denormal: one denormal operand

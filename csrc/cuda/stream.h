@@ -13,7 +13,7 @@ namespace dlkernels {
 // `stream` is torch's current stream there.
 class CudaKernels {
  public:
-  explicit CudaKernels(const torch::stable::Tensor& tensor) : guard_(tensor.get_device_index()) {
+  explicit CudaKernels(const torch::stable::Tensor& tensor) : tensor_(tensor), guard_(tensor.get_device_index()) {
     void* handle = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &handle));
     stream_ = static_cast<cudaStream_t>(handle);
@@ -27,7 +27,14 @@ class CudaKernels {
  protected:
   cudaStream_t stream() const { return stream_; }
 
+  // Memory for `count` intermediate results; free again when the tensor goes.
+  template <class A>
+  torch::stable::Tensor workspace(int64_t count) const {
+    return empty_of<A>(tensor_, {count});
+  }
+
  private:
+  torch::stable::Tensor tensor_;
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_;
 };

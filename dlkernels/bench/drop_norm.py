@@ -103,7 +103,7 @@ def make_mask_case(shape: Shape, dtype, device="cpu") -> Case:
         direction="forward",
         dtype=dtype,
         flops=0.0,
-        bytes=9.0 * shape.M,  # a key of eight bytes in, a bool out
+        bytes=5.0 * shape.M,  # a key of four bytes in, a bool out
         build=lambda: MaskJob(shape, device),
     )
 

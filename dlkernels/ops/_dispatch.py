@@ -34,6 +34,8 @@ def differentiable(function: type[Function], op: Any) -> Callable:
 
         backward = function.backward
 
+    apply = super(Function, Eager).apply  # Function.apply itself asks for torch.func again, which takes 2.6 us
+
     def call(*args):
         if torch.compiler.is_compiling():
             return op(*args)  # Dynamo cannot trace the guard below
@@ -42,7 +44,7 @@ def differentiable(function: type[Function], op: Any) -> Callable:
         if torch._C._are_functorch_transforms_active():
             return function.apply(*args)
         if torch.is_grad_enabled():
-            return Eager.apply(*args)
+            return apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 

@@ -30,11 +30,11 @@ _forward = torch.ops.dlkernels.drop_norm.default
 _backward = torch.ops.dlkernels.drop_norm_backward.default
 
 
-# ---- derivatives: input, keep, weight and two numbers a row are saved for the backward -----------------
+# ---- derivatives: input, keep and weight are saved, a row's mean and variance taken from it again ------------
 
 
 class DropNormFunction(Function):
-    """output (..., M), mean (N), rstd (N) = drop_norm(input (..., M), keep (M), weight (M), bias (M))."""
+    """output (..., M) = drop_norm(input (..., M), keep (M), weight (M), bias (M))."""
 
     generate_vmap_rule = True
 
@@ -45,34 +45,32 @@ class DropNormFunction(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         input, keep, weight, _, *ctx.settings = inputs
-        _, mean, rstd = output
-        ctx.mark_non_differentiable(mean, rstd)
-        ctx.save_for_backward(input, keep, weight, mean, rstd)
+        ctx.save_for_backward(input, keep, weight)
 
     @staticmethod
-    def backward(ctx, grad, _grad_mean, _grad_rstd):
-        needs_input, _, needs_weight, needs_bias = ctx.needs_input_grad[:4]
-        mask = (needs_input, needs_weight, needs_bias)
+    def backward(ctx, grad):
+        needs = ctx.needs_input_grad
+        mask = (needs[0], needs[2], needs[3])
         grad_input, grad_weight, grad_bias = _drop_norm_backward(grad, *ctx.saved_tensors, *ctx.settings, mask)
         return (grad_input, None, grad_weight, grad_bias, None, None, None)
 
 
 class DropNormBackwardFunction(Function):
-    """grad_input, grad_weight, grad_bias = drop_norm_backward(grad (..., M), input, keep, weight, mean, rstd).
+    """grad_input, grad_weight, grad_bias = drop_norm_backward(grad (..., M), input (..., M), keep (M), weight (M)).
 
-    Its derivative is that of the reference's backward, which takes mean and rstd from the input again.
+    Its derivative is that of the reference's backward.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(grad, input, keep, weight, mean, rstd, normalized_shape, eps, rescale, output_mask):
-        return _backward(grad, input, keep, weight, mean, rstd, normalized_shape, eps, rescale, output_mask)
+    def forward(grad, input, keep, weight, normalized_shape, eps, rescale, output_mask):
+        return _backward(grad, input, keep, weight, normalized_shape, eps, rescale, output_mask)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        grad, input, keep, weight, _, _, ctx.normalized_shape, ctx.eps, ctx.rescale, ctx.output_mask = inputs
-        ctx.save_for_backward(grad, input, keep, weight)
+        *tensors, ctx.normalized_shape, ctx.eps, ctx.rescale, ctx.output_mask = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx, *cotangents):
@@ -91,7 +89,7 @@ class DropNormBackwardFunction(Function):
         pull_back = torch.func.vjp(wanted_gradients, *primals)[1]
         results = pull_back(tuple(x for x, wanted in zip(cotangents, mask, strict=True) if wanted))
         to_weight = results[2] if weight is not None else None
-        return (results[0], results[1], None, to_weight, None, None, None, None, None, None)
+        return (results[0], results[1], None, to_weight, None, None, None, None)
 
 
 _drop_norm = differentiable(DropNormFunction, _forward)
@@ -112,17 +110,11 @@ def _drop_mask_fake(keys, dropped):
 @torch.library.register_fake("dlkernels::drop_norm")
 def _drop_norm_fake(input, keep, weight, bias, normalized_shape, eps, rescale):
     check_devices("drop_norm", input, keep=keep, weight=weight, bias=bias)
-    rows = math.prod(input.shape[: input.dim() - len(normalized_shape)])
-    sums = torch.float64 if input.dtype == torch.float64 else torch.float32
-    return (
-        torch.empty(input.shape, dtype=input.dtype, device=input.device),
-        torch.empty(rows, dtype=sums, device=input.device),
-        torch.empty(rows, dtype=sums, device=input.device),
-    )
+    return torch.empty(input.shape, dtype=input.dtype, device=input.device)
 
 
 @torch.library.register_fake("dlkernels::drop_norm_backward")
-def _drop_norm_backward_fake(grad, input, keep, weight, mean, rstd, normalized_shape, eps, rescale, output_mask):
+def _drop_norm_backward_fake(grad, input, keep, weight, normalized_shape, eps, rescale, output_mask):
     parameter = input if weight is None else weight
     return (
         torch.empty(input.shape, dtype=input.dtype, device=input.device) if output_mask[0] else None,
@@ -141,7 +133,7 @@ for _op in (_select, _forward, _backward):
 def drop_mask(normalized_shape, p=0.5, *, generator=None, device=None):
     """Draws which features to keep: exactly int(p * M) of the M are dropped, every choice equally likely.
 
-    Every feature gets a random 63-bit key; the features with the smallest keys are dropped, in O(M).
+    Every feature gets a random 31-bit key; the features with the smallest keys are dropped, in O(M).
 
     Args:
         normalized_shape: int or ints, shape of the features; M is their product.
@@ -171,14 +163,12 @@ def drop_mask(normalized_shape, p=0.5, *, generator=None, device=None):
 
 
 def _random_keys(features, generator, device) -> Tensor:
-    """(features) int64, uniform in [0, 2^63): the same numbers in every way but vmap's."""
-    if (
-        torch.compiler.is_compiling()
-    ):  # Dynamo takes the out-of-place form only, which is six times slower in eager code
-        return torch.ops.aten.random(torch.empty(features, dtype=torch.int64, device=device), generator=generator)
+    """(features) int32, uniform in [0, 2^31): the same numbers in every way but vmap's."""
+    if torch.compiler.is_compiling():  # Dynamo takes the out-of-place form only, which is slow in eager code
+        return torch.ops.aten.random(torch.empty(features, dtype=torch.int32, device=device), generator=generator)
     if torch._C._are_functorch_transforms_active():  # vmap knows randomness modes for randint only
-        return torch.randint(2**63 - 1, (features,), generator=generator, device=device)
-    return torch.empty(features, dtype=torch.int64, device=device).random_(generator=generator)
+        return torch.randint(2**31 - 1, (features,), generator=generator, dtype=torch.int32, device=device)
+    return torch.empty(features, dtype=torch.int32, device=device).random_(generator=generator)
 
 
 def drop_norm(input, keep=None, weight=None, bias=None, eps=1e-5, rescale=True):
@@ -198,7 +188,7 @@ def drop_norm(input, keep=None, weight=None, bias=None, eps=1e-5, rescale=True):
 
     Returns:
         (..., M), input's dtype, contiguous. Sums are made in float32 (float64 for float64). No kept feature: zeros.
-        Saved for the backward: input, keep, weight, and mean and 1/sqrt(var + eps) of every row.
+        Saved for the backward: input, keep and weight.
 
     Raises:
         RuntimeError, ValueError: shapes, dtypes or devices that do not fit; where torch.nn.functional.layer_norm
@@ -223,25 +213,16 @@ def drop_norm(input, keep=None, weight=None, bias=None, eps=1e-5, rescale=True):
 
 def _over_features(shape, input, keep, weight, bias, eps, rescale):
     """drop_norm with the features' shape given."""
-    name = current_backend()
+    run = _BACKENDS[current_backend()]
+    if input.is_cuda and autocast_dtype("cuda") is not None:
+        input, weight, bias = cast((input, weight, bias), torch.float32)
     if torch.compiler.is_compiling():
-        return _run(name, shape, input, keep, weight, bias, eps, rescale)
+        return run(input, keep, weight, bias, shape, eps, rescale)
     try:
-        return _run(name, shape, input, keep, weight, bias, eps, rescale)
-    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        return run(input, keep, weight, bias, shape, eps, rescale)
+    except (RuntimeError, TypeError, ValueError) as error:
         problem = explain(error, "drop_norm", (input, keep, weight, bias), lambda: _check_shape(input, shape))
     raise problem from None
-
-
-def _run(name, shape, input, keep, weight, bias, eps, rescale):
-    if input.device.type == "cuda" and autocast_dtype("cuda") is not None:
-        input, weight, bias = cast((input, weight, bias), torch.float32)
-    if name == "torch":
-        return _with_stock_operators(shape, input, keep, weight, bias, eps, rescale)
-    if name == "reference":
-        keep = input.new_ones(shape, dtype=torch.bool) if keep is None and len(shape) > 1 else keep
-        return _reference_drop_norm(input, keep, weight, bias, eps, rescale)
-    return _drop_norm(input, keep, weight, bias, shape, eps, rescale)[0]
 
 
 def _check_shape(input, shape):
@@ -249,7 +230,13 @@ def _check_shape(input, shape):
     F.layer_norm(torch.empty(input.shape, device="meta"), shape)
 
 
-def _with_stock_operators(shape, input, keep, weight, bias, eps, rescale):
+def _by_definition(input, keep, weight, bias, shape, eps, rescale):
+    if keep is None and len(shape) > 1:  # or the reference would take the last dimension for the features
+        keep = input.new_ones(shape, dtype=torch.bool)
+    return _reference_drop_norm(input, keep, weight, bias, eps, rescale)
+
+
+def _with_stock_operators(input, keep, weight, bias, shape, eps, rescale):
     """gather the kept features, F.layer_norm, scatter: the fastest composition of torch's own operators."""
     if keep is None:
         return F.layer_norm(input, shape, weight, bias, eps)
@@ -263,6 +250,9 @@ def _with_stock_operators(shape, input, keep, weight, bias, eps, rescale):
     else:
         y = F.layer_norm(kept, index.shape, weight, bias, eps) * (keep.numel() / index.numel() if rescale else 1.0)
     return torch.zeros_like(x).scatter(-1, index.expand_as(y), y).view(input.shape)
+
+
+_BACKENDS = {"native": _drop_norm, "reference": _by_definition, "torch": _with_stock_operators}
 
 
 def _as_shape(normalized_shape) -> tuple:
