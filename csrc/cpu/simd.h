@@ -209,11 +209,11 @@ inline void stream_as(T* to, Vector<A> vector) {
 #elif defined(__AVX2__)
     _mm_stream_si128((__m128i*)to, (__m128i)narrow(vector, T{}));
 #else
-    store_as(to, vector);
+    store_as<A>(to, vector);
 #endif
   }
 #else
-  store_as(to, vector);
+  store_as<A>(to, vector);
 #endif
 }
 
