@@ -18,15 +18,14 @@ namespace {
 
 // ---- tuning constants ----------------------------------------------------------------------------
 
-constexpr int64_t kTaskElements = 1 << 15;   // some 5 us of work, below which a second thread does not pay
-constexpr int64_t kSumBlock = 4096;          // features summed in float before their sum goes on in double
-constexpr int64_t kMostStretches = 16;       // partial rows of the parameters' gradients
-constexpr int kGroupRows = 8;                // rows whose share of a parameter's gradient is summed in a register
-constexpr int64_t kGroupElements = 1 << 12;  // of rows normalised together: they stay in the first cache
-constexpr int64_t kGradGroupElements =
-    1 << 15;  // of rows of a group, backward: x, dy and the next group's stay in the second cache
-constexpr int64_t kStreamBytes = 16 << 20;  // of a result that, with the input, no last-level cache keeps
-constexpr int64_t kBlockRows = 64;          // rows summed before their sum goes on: long sums are made of short ones
+constexpr int64_t kTaskElements = 1 << 14;       // some 5 us of work, below which a second thread does not pay
+constexpr int64_t kSumBlock = 4096;              // features summed in float before their sum goes on in double
+constexpr int64_t kMostStretches = 16;           // partial rows of the parameters' gradients
+constexpr int kGroupRows = 8;                    // rows whose share of a parameter's gradient is summed in a register
+constexpr int64_t kGroupElements = 1 << 12;      // of rows normalised together: they stay in the first cache
+constexpr int64_t kGradGroupElements = 1 << 15;  // of rows of a group, backward, which stay in the second cache
+constexpr int64_t kStreamBytes = 8 << 20;        // of a result that, with what it is made of, leaves the last cache
+constexpr int64_t kBlockRows = 64;  // rows summed before their sum goes on: long sums are made of short ones
 
 // ---- kernels: the features, as the loops want them ---------------------------------------------------
 
