@@ -17,7 +17,7 @@ demo: build  ## the main job: train and compare a digit classifier, then time Co
 	$(BIN)/dlkernels bench conv2d --suite quick
 
 test: build  ## every test that needs no GPU and no data files
-	$(RUN) -m pytest -m "not data"
+	$(RUN) -m pytest -m "not data" -n auto --dist worksteal
 
 build: $(BUILT)
 

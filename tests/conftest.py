@@ -1,5 +1,6 @@
 """Fixtures of all tests: a fixed seed, the process's settings put back, and the devices of this machine."""
 
+import os
 import random
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +17,10 @@ collect_ignore = (
     if find_spec("hypothesis")
     else [path.name for path in Path(__file__).parent.glob("test_*.py") if "\nfrom hypothesis" in path.read_text()]
 )
+
+
+# Where the processors are shared out between processes (pytest -n), torch gets each process's share of them.
+torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
 
 
 def pytest_report_header():

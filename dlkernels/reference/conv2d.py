@@ -121,8 +121,9 @@ def _input_gradient(g, input, weight, geometry):
 
 def _weight_gradient(g, input, weight, geometry):
     x = _padded(input, geometry)
-    taps = [
-        torch.einsum("ngkpq,ngcpq->gkc", g, x[..., rows, columns]) for _, _, rows, columns in _taps(weight, geometry)
+    taps = [  # a sum for each line of each image, then their sum: one long sum would round more
+        torch.einsum("ngkpq,ngcpq->ngpkc", g, x[..., rows, columns]).sum((0, 2))
+        for _, _, rows, columns in _taps(weight, geometry)
     ]
     return torch.stack(taps, -1).reshape(weight.shape)
 
