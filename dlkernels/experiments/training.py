@@ -181,11 +181,11 @@ def _batch(
     order = _order(len(data[0]), plan.seed, epoch)
     chosen = order[position * plan.batch_size : (position + 1) * plan.batch_size].to(data[0].device)
     batch = [tensor[chosen] for tensor in data]
-    torch.manual_seed(_seed(plan.seed, "step", step))
+    _reseed(_seed(plan.seed, "step", step))
     if augment:
         batch[0] = augment(batch[0])
     if world() > 1:  # from here on (dropout) every process draws its own numbers
-        torch.manual_seed(_seed(plan.seed, "step", step, rank()))
+        _reseed(_seed(plan.seed, "step", step, rank()))
     return [tensor.chunk(world())[rank()] for tensor in batch]
 
 
@@ -212,6 +212,13 @@ def _seed(*parts: int | str) -> int:
     """Mix numbers and names into one well-spread 32-bit seed."""
     numbers = [part if isinstance(part, int) else int.from_bytes(part.encode(), "little") for part in parts]
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def _reseed(seed: int) -> None:
+    """torch.manual_seed, quickly: where there is no CUDA, that one keeps a traceback of every call for later."""
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(seed)
 
 
 def _progress_bar(total: int, done: int, label: str) -> tqdm:
