@@ -8,6 +8,8 @@ import functools
 import io
 import itertools
 import pickle
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -959,6 +961,46 @@ def test_works_in_data_loader_workers():
         dataset, batch_size=2, num_workers=2, worker_init_fn=one_thread, multiprocessing_context="fork", timeout=60
     )
     assert torch.equal(torch.cat(list(loader)), expected)
+
+
+FORKS_BESIDE_A_THREAD = """
+import os, signal, threading, torch, dlkernels
+torch.set_num_threads(1)
+weight, stop = torch.randn(4, 1, 1, 1), threading.Event()
+
+def convolve(megabytes):
+    with torch.no_grad():
+        dlkernels.conv2d(torch.empty(1, 1, 128 * megabytes, 512), weight)
+
+def allocate_and_free():
+    turn = 0
+    while not stop.is_set():
+        turn += 1
+        convolve(4 + 4 * (turn % 37))
+
+thread = threading.Thread(target=allocate_and_free)
+thread.start()
+hung = 0
+for _ in range(100):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(10)  # ends a child that hangs
+        convolve(4)
+        os._exit(0)
+    hung += os.waitpid(child, 0)[1] != 0
+stop.set()
+thread.join()
+assert hung == 0, hung
+"""
+
+
+@pytest.mark.slow
+def test_a_fork_while_another_thread_allocates():
+    """The child finds the memory pool usable, whatever the other thread was doing (one fork in 80 used to hang)."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKS_BESIDE_A_THREAD], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
 
 
 # ---- numbers that are not ordinary -------------------------------------------------------------------

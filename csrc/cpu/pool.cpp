@@ -1,5 +1,6 @@
 #include "pool.h"
 
+#include <pthread.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -14,8 +15,16 @@ constexpr int64_t kPageBytes = 2 << 20;    // of a huge page: blocks are multipl
 constexpr int64_t kPooledBytes = 1 << 20;  // smaller tensors are left to torch: the C library keeps such blocks itself
 constexpr int64_t kPoolBytes = int64_t(512) << 20;  // of freed blocks kept at most
 
+class Pool;
+Pool& pool();
+
 class Pool {
  public:
+  // fork() leaves the child without the other threads: one that held the mutex would never let go of it there.
+  Pool() {
+    pthread_atfork([] { pool().mutex_.lock(); }, [] { pool().mutex_.unlock(); }, [] { pool().mutex_.unlock(); });
+  }
+
   // A block of `bytes`, a multiple of kPageBytes: of the freed ones the smallest that is not twice too large, else new.
   void* take(int64_t bytes) {
     std::lock_guard<std::mutex> lock(mutex_);
