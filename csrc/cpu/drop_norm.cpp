@@ -426,15 +426,12 @@ struct CpuDropNorm : CpuKernels {
     uint32_t bin = 0;
     int64_t below = 0;
     while (bin < kBins - 1 && below + counts[bin] < dropped) below += counts[bin++];
-    std::vector<int64_t> candidates(counts[bin] + 1);  // one more: written and then overwritten
-    int64_t found = 0;
+    for (int64_t i = 0; i < M; ++i) keep[i] = bin_of(i) >= bin;
+    std::vector<int64_t> candidates;
+    candidates.reserve(counts[bin]);
     for (int64_t i = 0; i < M; ++i) {
-      const uint32_t own = bin_of(i);
-      keep[i] = own >= bin;
-      candidates[found] = i;
-      found += own == bin;
+      if (bin_of(i) == bin) candidates.push_back(i);
     }
-    candidates.pop_back();
     const auto smaller = [&](int64_t i, int64_t j) { return keys[i] < keys[j] || (keys[i] == keys[j] && i < j); };
     const auto cut = candidates.begin() + (dropped - below);
     if (cut != candidates.end()) std::nth_element(candidates.begin(), cut, candidates.end(), smaller);

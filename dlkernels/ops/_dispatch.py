@@ -52,18 +52,6 @@ def differentiable(function: type[Function], op: Any) -> Callable:
     return call
 
 
-def without_derivative(op: Any) -> Callable:
-    """A function that calls `op`, which has none: the same paths without autograd."""
-
-    def call(*args):
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return op(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
-
-    return call
-
-
 def _without_forward_mode(function: type[Function], args: Sequence[Any]) -> Any:
     """Inside a forward-mode level: fine unless a tangent reaches `function`, which the operator would silently drop."""
     try:

@@ -22,7 +22,6 @@ from ._dispatch import (
     from_reference,
     register_autocast,
     register_vmap_by_loop,
-    without_derivative,
 )
 
 _select = torch.ops.dlkernels.drop_mask.default
@@ -94,7 +93,6 @@ class DropNormBackwardFunction(Function):
 
 _drop_norm = differentiable(DropNormFunction, _forward)
 _drop_norm_backward = differentiable(DropNormBackwardFunction, _backward)
-_drop_mask = without_derivative(_select)
 _reference_drop_norm = from_reference(reference.drop_norm, reference.drop_norm_backward)
 register_autocast(_forward, torch.float32, ["cuda"])  # as layer_norm: on CUDA in float32, on the CPU as it comes
 
@@ -158,7 +156,7 @@ def drop_mask(normalized_shape, p=0.5, *, generator=None, device=None):
     _check_p(p)
     shape = _as_shape(normalized_shape)
     features = math.prod(shape)
-    keep = _drop_mask(_random_keys(features, generator, device), int(p * features))
+    keep = _select(_random_keys(features, generator, device), int(p * features))
     return keep if len(shape) == 1 else keep.view(shape)
 
 
