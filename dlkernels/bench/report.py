@@ -256,7 +256,9 @@ def draw_roofline(path, roofs: Roofs, records: list[Record], title: str) -> None
         intensity = [row["ours_gflops"] / row["ours_gbs"] for row in measured]
         speeds = [row[column] for row in measured]
         axes.scatter(intensity, speeds, s=18, c=colour, marker=marker, alpha=0.7, label=label)
-    for (name, rate), style in zip(roofs.arithmetic.items(), ("-", "--", ":"), strict=False):
+    dtypes = {row["dtype"] for row in measured}
+    shown = [(name, rate) for name, rate in roofs.arithmetic.items() if "float64" not in name or "float64" in dtypes]
+    for (name, rate), style in zip(shown, ("-", "--", ":"), strict=False):
         ridge = rate / roofs.copy  # the bandwidth's slope meets the ceiling here
         ends = [min(0.5, ridge / 4), ridge, max(500.0, ridge * 4)]
         under = [min(rate, roofs.copy * x) * 1e-9 for x in ends]
