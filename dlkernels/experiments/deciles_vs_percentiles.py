@@ -484,9 +484,10 @@ def tell_scores(scores: Scores, report: Report) -> None:
         "neighbour of the right class. The mean absolute error is in the target's unit; a class stands for the median "
         "of its training rows.",
         "With the target among the features the question is silly, and the result is not: the answer stands in the "
-        "inputs, and a linear softmax classifier cannot read it out to a hundredth. It has to build a narrow class of "
-        "differences between neighbouring scores. Ridge, which predicts the number and cuts it up afterwards, and the "
-        "ordinal head, which has one score and thresholds, have no such trouble.",
+        "inputs, and a linear softmax classifier does not get to read it out to a hundredth. Its scores would have to "
+        "be tangents of a parabola, and to tell a class from its neighbours, its weights must grow with the square of "
+        "the number of classes. Ridge, which predicts the number and cuts it up afterwards, and the ordinal head, with "
+        "one score and thresholds, have no such trouble.",
     )
     answered = [question for question in QUESTIONS if _asked(scores, *question)]
     for question in answered:
