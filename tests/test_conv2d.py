@@ -1218,3 +1218,12 @@ def test_training_follows_nn_step_by_step(backend):
         ours = losses_of_training(small_cnn(dlkernels.Conv2d), images, labels)
     assert theirs[-1] < theirs[0]
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_direct_call_of_the_operator_runs_in_autocasts_dtype():
+    x, w = torch.randn(1, 3, 8, 8), torch.randn(4, 3, 3, 3)
+    geometry = ([1, 1], [0, 0, 0, 0], [1, 1], 1)
+    expected = torch.ops.dlkernels.conv2d(x.bfloat16(), w.bfloat16(), None, *geometry)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(torch.ops.dlkernels.conv2d(x, w, None, *geometry), expected)
+    assert torch.ops.dlkernels.conv2d(x, w, None, *geometry).dtype == torch.float32
