@@ -24,8 +24,10 @@
 // n (output).
 #pragma once
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "common.h"
@@ -252,8 +254,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> reset_gate_rnn_backwa
   check_reset_gate_rnn_tensor("gates", std::optional<Tensor>(gates), input, {shape.rows(), shape.saved() * H});
   const Kernels kernels(input);
   const ResetGateRnnTensors<Tensor> tensors(input, h0, weight_ih, weight_hh, {}, {});
-  const std::optional<SequenceTensor<Tensor>> grad_rows =
-      grad_output ? std::optional(SequenceTensor<Tensor>(*grad_output)) : std::nullopt;
+  const SequenceTensor<Tensor> grad_rows(grad_output ? *grad_output : output);
   const std::optional<Tensor> grad_last = contiguous_or_none(grad_h_n);
   const Tensor output_rows = to_contiguous(output), gates_rows = to_contiguous(gates);
   const Ints sizes[] = {
@@ -265,7 +266,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> reset_gate_rnn_backwa
   for_floating_type("reset_gate_rnn_backward", input, [&](auto type) {
     using T = decltype(type);
     const auto data = [&](int i) { return output_mask[i] ? (T*)grads[i].mutable_data_ptr() : nullptr; };
-    const ResetGateRnnGrad<T> grad{grad_rows ? grad_rows->template rows<T>(shape) : Sequence<T>{},
+    const ResetGateRnnGrad<T> grad{grad_output ? grad_rows.template rows<T>(shape) : Sequence<T>{},
                                    data_or_null<T>(grad_last), (const T*)output_rows.const_data_ptr(),
                                    (const T*)gates_rows.const_data_ptr()};
     kernels.backward(shape, tensors.template as<T>(shape), grad,

@@ -7,17 +7,15 @@
 // same. Passes over memory: weights are packed once; x W_ih^T is made for a chunk of steps at once, so that a step is
 // left with h W_hh^T. The backward writes u, the gradients before sigmoid and tanh, of a chunk of steps; grad_x and the
 // weights' gradients are then products over all of the chunk's rows.
-#include "../reset_gate_rnn.h"
+#include "sequence.h"
 
 #include <algorithm>
 
-#include "../tensor.h"
-#include "activations.h"
-#include "gemm.h"
-#include "lockstep.h"
-#include "parallel.h"
-#include "pool.h"
-#include "simd.h"
+#include "../activations.h"
+#include "../gemm.h"
+#include "../lockstep.h"
+#include "../parallel.h"
+#include "../simd.h"
 
 namespace dlkernels {
 namespace {
@@ -678,32 +676,31 @@ class Backward {
   Scratch<A> weight_ih_, weight_hh_, bias_;  // sums so far: (2H, Ip), (2H, Hp), (width)
 };
 
-// ---- launchers -----------------------------------------------------------------------------------
-
-struct CpuResetGateRnn : CpuKernels {
-  using CpuKernels::CpuKernels;
-
-  template <class T>
-  void forward(const ResetGateRnnShape& shape, const ResetGateRnnInput<T>& in,
-               const ResetGateRnnResult<T>& result) const {
-    Forward<T>(shape, in, result).run();
-  }
-
-  template <class T>
-  void backward(const ResetGateRnnShape& shape, const ResetGateRnnInput<T>& in, const ResetGateRnnGrad<T>& grad,
-                const ResetGateRnnGradients<T>& wanted) const {
-    Backward<T>(shape, in, grad, wanted).run();
-  }
-};
-
 }  // namespace
 
-// ---- registration --------------------------------------------------------------------------------
+// ---- launchers -----------------------------------------------------------------------------------
 
-STABLE_TORCH_LIBRARY_IMPL(dlkernels, CPU, library) {
-  using torch::stable::Tensor;
-  library.impl("reset_gate_rnn", TORCH_BOX((&reset_gate_rnn<CpuResetGateRnn, Tensor>)));
-  library.impl("reset_gate_rnn_backward", TORCH_BOX((&reset_gate_rnn_backward<CpuResetGateRnn, Tensor>)));
+template <class T>
+void reset_gate_rnn_forward(const ResetGateRnnShape& shape, const ResetGateRnnInput<T>& in,
+                            const ResetGateRnnResult<T>& result) {
+  Forward<T>(shape, in, result).run();
 }
+
+template <class T>
+void reset_gate_rnn_backward(const ResetGateRnnShape& shape, const ResetGateRnnInput<T>& in,
+                             const ResetGateRnnGrad<T>& grad, const ResetGateRnnGradients<T>& wanted) {
+  Backward<T>(shape, in, grad, wanted).run();
+}
+
+#define DLKERNELS_INSTANTIATE(T)                                                               \
+  template void reset_gate_rnn_forward(const ResetGateRnnShape&, const ResetGateRnnInput<T>&,  \
+                                       const ResetGateRnnResult<T>&);                          \
+  template void reset_gate_rnn_backward(const ResetGateRnnShape&, const ResetGateRnnInput<T>&, \
+                                        const ResetGateRnnGrad<T>&, const ResetGateRnnGradients<T>&);
+DLKERNELS_INSTANTIATE(double)
+DLKERNELS_INSTANTIATE(float)
+DLKERNELS_INSTANTIATE(BFloat16)
+DLKERNELS_INSTANTIATE(Half)
+#undef DLKERNELS_INSTANTIATE
 
 }  // namespace dlkernels
