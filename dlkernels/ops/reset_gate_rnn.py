@@ -273,7 +273,7 @@ def _with_stock_operators(input, h0, weight_ih, weight_hh, bias_ih, bias_hh, res
         outputs[t] = h_t
         h = h_t if rows == len(h) else torch.cat([h_t, h[rows:]])
     if not steps:
-        return x.new_zeros(*x.shape[:-1], H), h0.clone()
+        return x[..., :H], h0.clone()
     return torch.stack(outputs) if batch_sizes is None else torch.cat(outputs), h if h is not h0 else h0.clone()
 
 

@@ -107,10 +107,10 @@ def reset_gate_rnn_backward(
         grad_output.shape == shape, f"expected grad_output of size {list(shape)}, but got {list(grad_output.shape)}"
     )
     _require(dh.shape == h0.shape, f"expected grad_h_n of size {list(h0.shape)}, but got {list(dh.shape)}")
-    grad_rows = _wide(grad_output).reshape(-1, h0.shape[1])
+    grad_rows = _wide(grad_output).flatten(0, -2)
     with _autocast_off(input.device.type):
         steps, _ = _run(layer, input, h0, reverse)
-        dh, grad_x = _wide(dh), [_wide(input).reshape(-1, input.shape[-1])[:0]] * len(steps)
+        dh, grad_x = _wide(dh), [_wide(input).flatten(0, -2)[:0]] * len(steps)
         grad_ih, grad_hh = torch.zeros_like(layer.W_x), torch.zeros_like(layer.W_h)
         grad_b_ih, grad_b_hh = (layer.W_x.new_zeros(len(layer.W_x)) for _ in range(2))
         for t in _times(len(steps), not reverse):
@@ -200,7 +200,7 @@ def _rows(batch_sizes, input, h0) -> list:
 def _run(layer, input, h0, reverse) -> tuple:
     """Every step in order of t, and the last h of every sequence (B, H)."""
     firsts = list(accumulate(layer.rows[:-1], initial=0))[: len(layer.rows)]
-    x_rows = _wide(input).reshape(-1, input.shape[-1])
+    x_rows = _wide(input).flatten(0, -2)
     steps, h = [None] * len(firsts), _wide(h0).clone()
     for t in _times(len(firsts), reverse):
         first, rows = firsts[t], layer.rows[t]
