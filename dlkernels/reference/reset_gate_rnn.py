@@ -52,7 +52,9 @@ def reset_gate_rnn(
     layer = _layer(input, h0, weight_ih, weight_hh, bias_ih, bias_hh, reset, batch_sizes)
     with _autocast_off(input.device.type):
         steps, h = _run(layer, input, h0, reverse)
-        output = torch.cat([step.h for step in steps]) if steps else h.new_zeros(0, h.shape[1])
+        output = (
+            torch.cat([step.h for step in steps]) if steps else _wide(input).flatten(0, -2) @ layer.W_x[: h.shape[1]].T
+        )
     shape = output.shape if batch_sizes is not None else (*input.shape[:2], h0.shape[1])
     return output.reshape(shape).to(input.dtype), h.to(input.dtype)
 
