@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from glob import glob
 
 import pybind11
@@ -83,6 +84,11 @@ def cuda_extension():
 
 class Build(BuildExtension.with_options(no_python_abi_suffix=True)):
     """Libraries share sources: each gets an object folder of its own, so that rebuilds are incremental."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        # Also for `pip install -e .`: setuptools would compile in a folder that it throws away afterwards.
+        self.build_temp = os.path.join("build", f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
 
     def build_extension(self, ext):
         shared, self.build_temp = self.build_temp, os.path.join(self.build_temp, ext.name)

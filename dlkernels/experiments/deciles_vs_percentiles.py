@@ -178,9 +178,12 @@ def ridge(fold: Fold, options: Options) -> Answer:
 def boosted_trees(fold: Fold, options: Options) -> Answer:
     """Regression by scikit-learn's gradient boosting, classes afterwards."""
     from sklearn.ensemble import HistGradientBoostingRegressor
+    from threadpoolctl import threadpool_limits
 
-    model = HistGradientBoostingRegressor(random_state=options.seed).fit(fold.x.numpy(), fold.y.numpy())
-    return _binned(fold, torch.from_numpy(model.predict(fold.test_x.numpy())))
+    model = HistGradientBoostingRegressor(random_state=options.seed)
+    with threadpool_limits(1 if len(fold.x) <= LARGE else None):  # on few rows, threads mostly wait for each other
+        model.fit(fold.x.numpy(), fold.y.numpy())
+        return _binned(fold, torch.from_numpy(model.predict(fold.test_x.numpy())))
 
 
 def logistic_regression(fold: Fold, options: Options) -> Answer:
