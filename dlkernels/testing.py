@@ -333,7 +333,7 @@ def _reset_gate_rnn_cases_of(reset) -> tuple:
         *(ResetGateRnnCase(f"{reset}_hidden_{H}", (6, 11, 7, H), reset) for H in (1, 3, 8, 15, 16, 17, 33, 100, 130)),
         *(ResetGateRnnCase(f"{reset}_{B}_sequences", (5, B, 6, 18), reset) for B in (2, 3, 5, 8, 9, 17)),
         ResetGateRnnCase(f"{reset}_300_input_features", (5, 3, 300, 18), reset),
-        ResetGateRnnCase(f"{reset}_long", (130, 3, 5, 12), reset),
+        ResetGateRnnCase(f"{reset}_long", (60, 3, 5, 12), reset),
     )
 
 

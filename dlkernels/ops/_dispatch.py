@@ -121,7 +121,7 @@ def register_autocast(op: Any, dtype: torch.dtype | None = None, device_types: S
         def kernel(*args, device_type=device_type):
             key = getattr(torch._C.DispatchKey, _AUTOCAST_KEYS[device_type])
             with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-                return op(*cast(args, dtype or autocast_dtype(device_type)))
+                return op(*cast(args, dtype or torch.get_autocast_dtype(device_type)))  # here autocast counts as off
 
         _autocast_library.impl(op.name().split("::")[1].split(".")[0], kernel, _AUTOCAST_KEYS[device_type])
 

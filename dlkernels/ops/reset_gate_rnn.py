@@ -124,6 +124,10 @@ def _reset_gate_rnn_fake(input, h0, weight_ih, weight_hh, bias_ih, bias_hh, batc
     check_devices(
         "reset_gate_rnn", input, h0=h0, weight_ih=weight_ih, weight_hh=weight_hh, bias_ih=bias_ih, bias_hh=bias_hh
     )
+    torch._check(
+        batch_sizes is None or batch_sizes.device.type == "cpu",
+        lambda: f"reset_gate_rnn: batch_sizes must be 1-D int64 on the CPU, got it on {batch_sizes.device}",
+    )
     H = h0.shape[1]
     torch._check(
         weight_ih.dim() == 2 and weight_ih.shape[1] == input.shape[-1],
