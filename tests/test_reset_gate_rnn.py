@@ -38,10 +38,11 @@ LARGE_CASES = tuple(
         ResetGateRnnCase(f"{reset}_columns_large_weights", (4, 9, 40, 400), reset),
         ResetGateRnnCase(f"{reset}_columns_packed", (5, 3, 20, 300), reset, (3, 3, 2, 2, 1)),
         ResetGateRnnCase(f"{reset}_columns_packed_reverse", (5, 3, 20, 300), reset, (3, 3, 2, 2, 1), reverse=True),
+        ResetGateRnnCase(f"{reset}_columns_chunks", (30, 50, 8, 364), reset),
         ResetGateRnnCase(f"{reset}_chunks", (60, 600, 8, 16), reset),
         ResetGateRnnCase(f"{reset}_chunks_packed", (60, 600, 8, 16), reset, tuple(range(600, 0, -10)), reverse=True),
     )
-) + (ResetGateRnnCase("before_columns_chunks", (30, 50, 8, 364), "before"),)
+)
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_of_ours = pytest.mark.parametrize("backend", OURS)

@@ -90,13 +90,15 @@ class ResetGateRNNBackwardFunction(Function):
         wanted = [asked and x is not None for asked, x in zip(ctx.output_mask, cotangents, strict=True)]
 
         def wanted_gradients(*tensors):
-            tensors = iter(tensors)
-            grad_output, grad_h_n, input, h0, *parameters = (next(tensors) if there else None for there in present)
+            rest = iter(tensors)
+            tensors_or_none: list = [next(rest) if there else None for there in present]
+            grad_output, grad_h_n, input, h0, *parameters = tensors_or_none
             if grad_output is None:
                 grad_output = input.new_zeros((*input.shape[:-1], h0.shape[1]))
             grad_h_n = torch.zeros_like(h0) if grad_h_n is None else grad_h_n
-            settings = (_FORMS[ctx.reset], batch_sizes, ctx.reverse)
-            grads = reference.reset_gate_rnn_backward((grad_output, grad_h_n), input, h0, *parameters, *settings)
+            grads = _reference_backward(
+                grad_output, grad_h_n, input, h0, *parameters, _FORMS[ctx.reset], batch_sizes, ctx.reverse
+            )
             return tuple(x for x, is_wanted in zip(grads, wanted, strict=True) if is_wanted)
 
         if not any(wanted):
@@ -212,7 +214,7 @@ def reset_gate_rnn(
         (torch.Size([20, 8, 64]), torch.Size([8, 64]))
     """
     _check_reset(reset)
-    tensors = {
+    given = {
         "input": input,
         "h0": h0,
         "weight_ih": weight_ih,
@@ -222,24 +224,25 @@ def reset_gate_rnn(
         "batch_sizes": batch_sizes,
     }
     optional = ("bias_ih", "bias_hh", "batch_sizes")
-    for name, x in tensors.items():
+    for name, x in given.items():
         if not isinstance(x, Tensor) and not (x is None and name in optional):
             raise TypeError(f"reset_gate_rnn: {name} must be a tensor, got {type(x).__name__}")
-    name, tensors = current_backend(), tuple(tensors.values())
+    name, tensors = current_backend(), tuple(given.values())
+    arguments = (name, *tensors, reset, reverse)
     if torch.compiler.is_compiling():
-        return _run(name, *tensors, reset, reverse)
+        return _run(*arguments)
     try:
-        return _run(name, *tensors, reset, reverse)
+        return _run(*arguments)
     except RuntimeError as error:
         problem = explain(error, "reset_gate_rnn", tensors, lambda: None)
     raise problem from None
 
 
 def _run(name, input, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, reset, reverse):
-    tensors = (input, h0, weight_ih, weight_hh, bias_ih, bias_hh)
-    tensors = cast(tensors, autocast_dtype(input.device.type))
+    given = (input, h0, weight_ih, weight_hh, bias_ih, bias_hh)
+    tensors = tuple(cast(given, autocast_dtype(input.device.type)))
     if name == "torch":
-        return _with_stock_operators(*tensors, reset, batch_sizes, reverse)
+        return _with_stock_operators(*(*tensors, reset, batch_sizes, reverse))
     if name == "reference":
         return _reference_reset_gate_rnn(*tensors, reset, batch_sizes, reverse)
     transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
@@ -319,7 +322,7 @@ class ResetGateRNN(nn.RNNBase):
         (torch.Size([20, 8, 128]), torch.Size([4, 8, 64]))
     """
 
-    __constants__ = (*nn.RNNBase.__constants__, "reset")
+    __constants__ = [*nn.RNNBase.__constants__, "reset"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -401,7 +404,7 @@ class ResetGateRNN(nn.RNNBase):
 
     def _layers(self, input, hx, batch_sizes):
         """Output of the last layer and h_n (D*num_layers, B, H); input (T, B, I), or (rows, I) with batch_sizes."""
-        h_n = []
+        h_n: list[Tensor] = []
         for layer in range(self.num_layers):
             if layer > 0 and self.dropout > 0:
                 input = F.dropout(input, self.dropout, self.training)
@@ -443,7 +446,7 @@ class ResetGateRNNCell(nn.RNNCellBase):
         ...     h = cell(x, h)
     """
 
-    __constants__ = (*nn.RNNCellBase.__constants__, "reset")
+    __constants__ = [*nn.RNNCellBase.__constants__, "reset"]  # noqa: RUF012
 
     def __init__(self, input_size, hidden_size, bias=True, device=None, dtype=None, reset="after"):
         _check_reset(reset)

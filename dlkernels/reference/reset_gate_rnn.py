@@ -203,7 +203,8 @@ def _run(layer, input, h0, reverse) -> tuple:
     """Every step in order of t, and the last h of every sequence (B, H)."""
     firsts = list(accumulate(layer.rows[:-1], initial=0))[: len(layer.rows)]
     x_rows = _wide(input).flatten(0, -2)
-    steps, h = [None] * len(firsts), _wide(h0).clone()
+    steps: list = [None] * len(firsts)
+    h = _wide(h0).clone()
     for t in _times(len(firsts), reverse):
         first, rows = firsts[t], layer.rows[t]
         step = _step(layer, first, x_rows[first : first + rows], h[:rows])
