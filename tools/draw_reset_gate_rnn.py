@@ -31,10 +31,10 @@ def reach(reset, bias, scale, seed=0):
     torch.manual_seed(seed)
     rnn = dlkernels.ResetGateRNN(H, H, reset=reset)
     with torch.no_grad():
-        rnn.weight_hh_l0 *= scale
-        for parameter in (rnn.bias_ih_l0, rnn.bias_hh_l0):
-            parameter.zero_()
-        rnn.bias_ih_l0[:H] = bias
+        rnn.get_parameter("weight_hh_l0").mul_(scale)
+        b_ih, b_hh = rnn.get_parameter("bias_ih_l0"), rnn.get_parameter("bias_hh_l0")
+        b_ih[:H], b_ih[H:] = bias, 0
+        b_hh.zero_()
     h = torch.zeros(1, B, H)
     states = []
     for x in torch.randn(T, 1, B, H):  # a call for every step, so that every h can be asked for its gradient
