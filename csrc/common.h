@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <vector>
@@ -63,6 +64,16 @@ using Ints = std::vector<int64_t>;
 // The tensor itself where it is contiguous, else a contiguous copy.
 template <class Tensor>
 Tensor to_contiguous(const Tensor& tensor);
+
+template <class Tensor>
+std::optional<Tensor> contiguous_or_none(const std::optional<Tensor>& tensor) {
+  return tensor ? std::optional<Tensor>(to_contiguous(*tensor)) : std::nullopt;
+}
+
+template <class T, class Tensor>
+const T* data_or_null(const std::optional<Tensor>& tensor) {
+  return tensor ? (const T*)tensor->const_data_ptr() : nullptr;
+}
 
 // Whether the tensor's dtype is stored as T: double, float, BFloat16, Half, int64_t, int32_t or bool.
 template <class T, class Tensor>

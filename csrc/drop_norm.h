@@ -126,16 +126,6 @@ void for_row_and_parameter_type(const char* op, const Tensor& input, const std::
   });
 }
 
-template <class T, class Tensor>
-const T* data_or_null(const std::optional<Tensor>& tensor) {
-  return tensor ? (const T*)tensor->const_data_ptr() : nullptr;
-}
-
-template <class Tensor>
-std::optional<Tensor> contiguous_or_none(const std::optional<Tensor>& tensor) {
-  return tensor ? std::optional<Tensor>(to_contiguous(*tensor)) : std::nullopt;
-}
-
 // input (..., M), keep, weight, bias (M) -> output (..., M)
 template <class Kernels, class Tensor>
 Tensor drop_norm(const Tensor& input, const std::optional<Tensor>& keep, const std::optional<Tensor>& weight,

@@ -29,6 +29,17 @@ STABLE_TORCH_LIBRARY(dlkernels, library) {
       "drop_norm_backward(Tensor grad, Tensor input, Tensor? keep, Tensor? weight, SymInt[] normalized_shape, "
       "float eps, bool rescale, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
 
+  // reset is 0 after, 1 before, 2 output; gates are kept for the backward where `save`; biases go along for its
+  // derivative
+  library.def(
+      "reset_gate_rnn(Tensor input, Tensor h0, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, "
+      "Tensor? batch_sizes, int reset, bool reverse, bool save) -> (Tensor, Tensor, Tensor)");
+  library.def(
+      "reset_gate_rnn_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor input, Tensor h0, Tensor weight_ih, "
+      "Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor output, Tensor gates, Tensor? batch_sizes, int "
+      "reset, "
+      "bool reverse, bool[6] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+
   // for the benchmarks: run the processor at its limit, return the number of operations (0: it has no such unit)
   library.def("roof_fma(int rounds) -> int");
   library.def("roof_amx(int rounds) -> int");

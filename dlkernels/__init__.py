@@ -5,12 +5,15 @@ from ._backend import backend, set_backend
 from ._info import info
 from .ops.conv2d import Conv2d, conv2d
 from .ops.drop_norm import DropNorm, drop_mask, drop_norm
+from .ops.reset_gate_rnn import ResetGateRNN, ResetGateRNNCell, reset_gate_rnn
 from .ops.split_linear import SplitLinear, split_linear
 
 __version__ = "0.1.0"
 __all__ = [
     "Conv2d",
     "DropNorm",
+    "ResetGateRNN",
+    "ResetGateRNNCell",
     "SplitLinear",
     "backend",
     "conv2d",
@@ -18,6 +21,7 @@ __all__ = [
     "drop_norm",
     "info",
     "reference",
+    "reset_gate_rnn",
     "set_backend",
     "split_linear",
 ]

@@ -277,3 +277,69 @@ _DROP_NORM_CASES = (
 def drop_norm_cases() -> tuple:
     """The DropNorms that tests, benchmarks and `dlkernels check` go through."""
     return _DROP_NORM_CASES
+
+
+@dataclass(frozen=True)
+class ResetGateRnnCase:
+    """One layer of the reset-gate RNN: its sizes, its form, and its arguments."""
+
+    name: str
+    sizes: tuple  # T, B, I, H
+    reset: str = "after"
+    batch_sizes: tuple | None = None  # T numbers, the first of them B; None: every sequence has every step
+    reverse: bool = False
+    bias_ih: bool = True
+    bias_hh: bool = True
+
+    @property
+    def arguments(self) -> dict:
+        """Everything after the tensors, as reset_gate_rnn takes it."""
+        batch_sizes = None if self.batch_sizes is None else torch.tensor(self.batch_sizes, dtype=torch.int64)
+        return {"reset": self.reset, "batch_sizes": batch_sizes, "reverse": self.reverse}
+
+    def make_inputs(self, dtype, device="cpu", generator=None) -> tuple:
+        """Random (input, h0, weight_ih, weight_hh, bias_ih or None, bias_hh or None); the same on every device."""
+        T, B, I, H = self.sizes  # noqa: E741
+
+        def draw(*shape, scale=1.0):
+            return (torch.randn(shape, dtype=torch.float64, generator=generator) * scale).to(device, dtype)
+
+        rows = (T, B) if self.batch_sizes is None else (sum(self.batch_sizes),)
+        input, h0 = draw(*rows, I), draw(B, H, scale=0.5)
+        weight_ih, weight_hh = draw(2 * H, I, scale=(I or 1) ** -0.5), draw(2 * H, H, scale=H**-0.5)
+        bias_ih, bias_hh = (draw(2 * H, scale=0.5) if there else None for there in (self.bias_ih, self.bias_hh))
+        return input, h0, weight_ih, weight_hh, bias_ih, bias_hh
+
+
+def _reset_gate_rnn_cases_of(reset) -> tuple:
+    return (
+        # the everyday layer, and everything that may be left out or turned around
+        ResetGateRnnCase(f"{reset}", (9, 4, 10, 20), reset),
+        ResetGateRnnCase(f"{reset}_reverse", (9, 4, 10, 20), reset, reverse=True),
+        ResetGateRnnCase(f"{reset}_packed", (9, 6, 10, 20), reset, (6, 6, 5, 3, 3, 3, 2, 1, 1)),
+        ResetGateRnnCase(f"{reset}_packed_reverse", (9, 6, 10, 20), reset, (6, 6, 5, 3, 3, 3, 2, 1, 1), reverse=True),
+        ResetGateRnnCase(f"{reset}_no_bias", (9, 4, 10, 20), reset, bias_ih=False, bias_hh=False),
+        ResetGateRnnCase(f"{reset}_bias_ih", (9, 4, 10, 20), reset, bias_hh=False),
+        ResetGateRnnCase(f"{reset}_bias_hh", (9, 4, 10, 20), reset, bias_ih=False),
+        # the edges of what is allowed
+        ResetGateRnnCase(f"{reset}_one_step", (1, 5, 10, 20), reset),
+        ResetGateRnnCase(f"{reset}_one_sequence", (12, 1, 10, 20), reset),
+        ResetGateRnnCase(f"{reset}_one_input_feature", (9, 9, 1, 20), reset),
+        ResetGateRnnCase(f"{reset}_no_step", (0, 3, 4, 5), reset),
+        ResetGateRnnCase(f"{reset}_no_packed_step", (0, 3, 4, 5), reset, ()),
+        ResetGateRnnCase(f"{reset}_no_sequence", (3, 0, 4, 5), reset),
+        ResetGateRnnCase(f"{reset}_no_input_feature", (5, 9, 0, 20), reset),
+        # sizes that leave tails in vectors and in what works on several rows or panels at once
+        *(ResetGateRnnCase(f"{reset}_hidden_{H}", (6, 11, 7, H), reset) for H in (1, 3, 8, 15, 16, 17, 33, 100, 130)),
+        *(ResetGateRnnCase(f"{reset}_{B}_sequences", (5, B, 6, 18), reset) for B in (2, 3, 5, 8, 9, 17)),
+        ResetGateRnnCase(f"{reset}_300_input_features", (5, 3, 300, 18), reset),
+        ResetGateRnnCase(f"{reset}_long", (60, 3, 5, 12), reset),
+    )
+
+
+_RESET_GATE_RNN_CASES = sum(map(_reset_gate_rnn_cases_of, ("after", "before", "output")), start=())
+
+
+def reset_gate_rnn_cases() -> tuple:
+    """The reset-gate RNNs that tests, benchmarks and `dlkernels check` go through."""
+    return _RESET_GATE_RNN_CASES

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import dlkernels
-from dlkernels.bench import cli, conv2d, drop_norm, harness, machine, report, shapes, split_linear
+from dlkernels.bench import cli, conv2d, drop_norm, harness, machine, report, reset_gate_rnn, shapes, split_linear
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOFS = machine.Roofs({"FMA float32": 100e9, "AMX bfloat16": 800e9}, 10e9)
@@ -408,6 +408,87 @@ def test_split_linear_parameters_are_the_layers():
         shape = split_linear.Shape(1, 64, 32, splits)
         layer = dlkernels.SplitLinear(64, 32, splits)
         assert shape.parameters == sum(p.numel() for p in layer.parameters())
+
+
+# ---- reset_gate_rnn ---------------------------------------------------------------------------------
+
+
+def rnn_case(against, reset="after", direction="forward+backward", dtype=torch.float32, T=6, B=5, I=7, H=18):  # noqa: E741
+    shape = reset_gate_rnn.Shape(T, B, I, H, against.endswith("packed"))
+    return reset_gate_rnn.make_case("grid", shape, against, reset, direction, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("direction", reset_gate_rnn.DIRECTIONS)
+@pytest.mark.parametrize(
+    ("against", "reset"),
+    [("nn.GRU", "after"), ("nn.GRU packed", "after"), ("nn.RNN", "after"), ("nn.RNN", "before")]
+    + [("Python loop", reset) for reset in ("after", "before", "output")],
+)
+def test_reset_gate_rnn_rows(against, reset, direction, dtype):
+    row = harness.measure(rnn_case(against, reset, direction, dtype), tick)
+    assert row.refused is None
+    assert row.error_ours > 0
+    record = report.record(row, ROOFS)
+    assert record["ours_us_per_step"] == pytest.approx(1e4 / 6)
+    assert "us/step" in report.line(record)
+
+
+@pytest.mark.parametrize("which", range(7))
+def test_an_error_of_our_rnn_is_found(which, monkeypatch):
+    def wrong(self, layer, inputs):
+        outputs = list(right(self, layer, inputs))
+        if layer is self.layer and outputs[0].dtype == torch.float32:
+            outputs[which] = outputs[which] * 1.001
+        return tuple(outputs)
+
+    right = reset_gate_rnn.RnnJob._run
+    monkeypatch.setattr(reset_gate_rnn.RnnJob, "_run", wrong)
+    assert_refused(harness.measure(rnn_case("nn.GRU"), tick), "parity", reset_gate_rnn.NAMES[which])
+
+
+def test_an_nn_rnn_that_does_something_else_is_refused(monkeypatch):
+    monkeypatch.setattr(reset_gate_rnn, "TORCH_SIDE", 0.0)
+    assert_refused(harness.measure(rnn_case("nn.RNN"), tick), "torch's side is wrong")
+
+
+def test_no_time_for_the_rnn_on_another_backend():
+    with dlkernels.backend("torch"):
+        assert_refused(harness.measure(rnn_case("nn.GRU"), tick), "our kernel did not run")
+
+
+def test_reset_gate_rnn_costs_by_hand():
+    shape = reset_gate_rnn.Shape(T=8, B=3, I=5, H=7)
+    products = 2 * (8 * 3) * (2 * 7) * (5 + 7)
+    assert shape.flops(False) == products
+    assert shape.flops(True) == 3 * products
+    weights = 2 * 7 * 5 + 2 * 7 * 7 + 4 * 7
+    assert shape.bytes(False, 4) == 4 * (8 * 3 * (5 + 7) + weights)
+    packed = reset_gate_rnn.Shape(T=8, B=3, I=5, H=7, packed=True)
+    assert packed.lengths == [8, 5, 2]
+    assert packed.flops(False) == products * 15 / 24
+
+
+def test_reset_gate_rnn_notes():
+    row = {"list": "small", "variant": "nn.GRU, 1.5x ours, after", "direction": "forward", "ours_gflops": 10.0}
+    rows = [row | {"ratio": ratio, "ours_us_per_step": 2.0} for ratio in (3.0, 12.0)]
+    (text,) = reset_gate_rnn.notes([*rows, {"reason": "refused"}]).values()
+    assert text.startswith("4.00 per operation")
+    assert "us/step" in text
+
+
+def test_reset_gate_rnn_suites():
+    suites = {
+        suite: reset_gate_rnn.cases(suite, "cpu", torch.float32)
+        for suite in ("quick", "all", "small", "large", "rest", "packed", "loop", "loop_large", "rnn")
+    }
+    names = {suite: [(case.name, case.variant, case.direction) for case in rows] for suite, rows in suites.items()}
+    assert 10 <= len(names["quick"]) <= 20
+    assert set(names["quick"]) <= set(names["all"])
+    assert len(set(names["all"])) == len(names["all"])
+    assert sum(map(len, names.values())) == 2 * len(names["all"]) + len(names["quick"])
+    grid = {name for list_ in ("small", "large", "rest") for name, *_ in names[list_]}
+    assert len(grid) == 3 * 4 * 7  # every T, B and H of the grid
 
 
 # ---- shapes ---------------------------------------------------------------------------------------

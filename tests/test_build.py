@@ -113,9 +113,12 @@ def test_backend_asks_for_torch_only_where_there_is_none(monkeypatch, found, tor
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
-def test_conv2d_kernels_under_sanitizers(sanitizer, tmp_path):
-    program = tmp_path / "conv2d"
-    sources = ["tests/sanitizer/conv2d.cpp", "tests/sanitizer/parallel.cpp", "csrc/cpu/conv2d/direct.cpp"]
+@pytest.mark.parametrize(
+    ("operator", "kernels"), [("conv2d", "conv2d/direct.cpp"), ("reset_gate_rnn", "reset_gate_rnn/sequence.cpp")]
+)
+def test_kernels_under_sanitizers(operator, kernels, sanitizer, tmp_path):
+    program = tmp_path / operator
+    sources = [f"tests/sanitizer/{operator}.cpp", "tests/sanitizer/parallel.cpp", f"csrc/cpu/{kernels}"]
     flags = ["-std=c++20", "-O1", "-pthread", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
     subprocess.run(["g++", *flags, *sources, "-o", program], cwd=ROOT, check=True)
     result = subprocess.run([program], capture_output=True, text=True, timeout=300)

@@ -6,8 +6,11 @@
 // registers and added to `sums` once: long sums are made of short ones, which also keeps their rounding errors small.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <utility>
 
+#include "../common.h"
 #include "simd.h"
 
 namespace dlkernels {
@@ -19,23 +22,47 @@ constexpr int kTileVectors = 3;
 template <class T>
 constexpr int kTileColumns = kTileVectors * kLanes<T>;
 
-// One tile of ROWS <= kTileRows rows.
-//   rows     (depth, kTileRows)
-//   columns  (depth, column_stride), the tile's kTileColumns first
+// Few rows leave registers for more columns: with them, every chain of sums has others to run beside.
+constexpr int kFewRows = kTileRows / 2;
+constexpr int kFewRowsVectors = kVectorRegisters == 32 ? 6 : 4;
+
+constexpr int64_t kTileDepth =
+    256;  // summed in registers before memory is touched: a panel of this depth fits L1 or L2
+
+// The left operand packed: (depth, kTileRows).
+template <class T>
+struct Interleaved {
+  const T* data;
+  T at(int m, int64_t l) const { return data[l * kTileRows + m]; }
+};
+
+// The left operand as it lies in memory: rows `stride` apart.
+template <class T>
+struct RowMajor {
+  const T* data;
+  int64_t stride;
+  T at(int m, int64_t l) const { return data[m * stride + l]; }
+  RowMajor from(int64_t m, int64_t l) const { return {data + m * stride + l, stride}; }
+};
+
+// One tile of ROWS rows by VECTORS vectors. Each sum is made in order of l, whatever the tile's size: the same bits.
+//   rows     (depth, ROWS)
+//   columns  (depth, column_stride), the tile's VECTORS vectors first
 //   sums     (ROWS, sum_stride)
-template <int ROWS, class T>
-void multiply_tile(int64_t depth, const T* rows, const T* columns, int64_t column_stride, T* sums, int64_t sum_stride) {
-  Vector<T> tile[ROWS][kTileVectors] = {};
+template <int ROWS, int VECTORS, class T, class Rows>
+void multiply_tile(int64_t depth, const Rows& rows, const T* columns, int64_t column_stride, T* sums,
+                   int64_t sum_stride) {
+  Vector<T> tile[ROWS][VECTORS] = {};
   for (int64_t l = 0; l < depth; ++l) {
-    Vector<T> column[kTileVectors];
-    for (int v = 0; v < kTileVectors; ++v) column[v] = load_vector(columns + l * column_stride + v * kLanes<T>);
+    Vector<T> column[VECTORS];
+    for (int v = 0; v < VECTORS; ++v) column[v] = load_vector(columns + l * column_stride + v * kLanes<T>);
     // tile[m][j] += rows[l][m] * columns[l][j]
     for (int m = 0; m < ROWS; ++m) {
-      for (int v = 0; v < kTileVectors; ++v) tile[m][v] += rows[l * kTileRows + m] * column[v];
+      for (int v = 0; v < VECTORS; ++v) tile[m][v] += rows.at(m, l) * column[v];
     }
   }
   for (int m = 0; m < ROWS; ++m) {
-    for (int v = 0; v < kTileVectors; ++v) {
+    for (int v = 0; v < VECTORS; ++v) {
       T* sum = sums + m * sum_stride + v * kLanes<T>;
       store_vector(sum, load_vector(sum) + tile[m][v]);
     }
@@ -52,8 +79,111 @@ void multiply_panel(int64_t row_count, int64_t column_count, int64_t depth, cons
     }
   }
   for (int64_t j = 0; j < column_count; j += kTileColumns<T>) {
-    multiply_tile<ROWS>(depth, rows, columns + j, column_stride, sums + j, sum_stride);
+    multiply_tile<ROWS, kTileVectors>(depth, Interleaved<T>{rows}, columns + j, column_stride, sums + j, sum_stride);
   }
 }
+
+// ---- tiles of any size ---------------------------------------------------------------------------
+
+template <class T, class Rows>
+using Tile = void (*)(int64_t depth, const Rows& rows, const T* columns, int64_t column_stride, T* sums,
+                      int64_t sum_stride);
+
+template <int VECTORS, class T, class Rows, int... ROW>
+Tile<T, Rows> tile_of(int64_t row_count, std::integer_sequence<int, ROW...>) {
+  static constexpr Tile<T, Rows> kTiles[] = {&multiply_tile<ROW + 1, VECTORS, T, Rows>...};
+  return kTiles[row_count - 1];
+}
+
+// multiply_tile for `vectors` <= kFewRowsVectors, and `row_count` <= kTileRows, or kFewRows where vectors >
+// kTileVectors.
+template <class T, class Rows, int VECTORS = kFewRowsVectors>
+Tile<T, Rows> tile_of(int64_t row_count, int64_t vectors) {
+  if constexpr (VECTORS > 1) {
+    if (vectors < VECTORS) return tile_of<T, Rows, VECTORS - 1>(row_count, vectors);
+  }
+  constexpr int kRows = VECTORS > kTileVectors ? kFewRows : kTileRows;
+  return tile_of<VECTORS, T, Rows>(row_count, std::make_integer_sequence<int, kRows>{});
+}
+
+// The right operand packed: its columns, filled up with zeros to whole vectors, cut into panels of about the same
+// width, at most `most_vectors`. A panel is (depth, width) in memory.
+template <class T>
+class Panels {
+ public:
+  Panels(int64_t depth, int64_t columns, int most_vectors)
+      : depth_(depth),
+        columns_(columns),
+        vectors_(ceil_div(columns, kLanes<T>)),
+        count_(ceil_div(vectors_, most_vectors)),
+        few_(most_vectors > kTileVectors),
+        data_(depth * vectors_ * kLanes<T>) {}
+
+  int64_t count() const { return count_; }
+  int64_t first_column(int64_t panel) const { return first_vector(panel) * kLanes<T>; }
+  int64_t end_column(int64_t panel) const { return first_vector(panel + 1) * kLanes<T>; }  // past the padding, too
+
+  // sums[m][j] += sum over l < depth of rows[m][l] * columns[l][j] for the panel's columns j
+  //   rows (row_count, depth), sums (row_count, sum_stride), the panel's first column first
+  void multiply(int64_t panel, int64_t depth, int64_t row_count, const RowMajor<T>& rows, T* sums,
+                int64_t sum_stride) const {
+    const int64_t vectors = first_vector(panel + 1) - first_vector(panel), width = vectors * kLanes<T>;
+    const int64_t tile_rows = few_ ? kFewRows : kTileRows;
+    for (int64_t l = 0; l < depth; l += kTileDepth) {
+      const int64_t count = std::min(kTileDepth, depth - l);
+      for (int64_t m = 0; m < row_count; m += tile_rows) {
+        const auto tile = tile_of<T, RowMajor<T>>(std::min(tile_rows, row_count - m), vectors);
+        tile(count, rows.from(m, l), this->panel(panel) + l * width, width, sums + m * sum_stride, sum_stride);
+      }
+    }
+  }
+
+  // The same for one tile of packed rows, depth <= kTileDepth.
+  void multiply(int64_t panel, int64_t depth, int64_t row_count, const Interleaved<T>& rows, T* sums,
+                int64_t sum_stride) const {
+    const int64_t vectors = first_vector(panel + 1) - first_vector(panel);
+    const auto tile = tile_of<T, Interleaved<T>>(row_count, vectors);
+    tile(depth, rows, this->panel(panel), vectors * kLanes<T>, sums, sum_stride);
+  }
+
+  // columns[l][j] = row[j]
+  void pack_row(int64_t l, const T* row) {
+    for (int64_t p = 0; p < count_; ++p) {
+      const int64_t width = end_column(p) - first_column(p);
+      T* to = panel(p) + l * width;
+      for (int64_t j = first_column(p); j < end_column(p); j += kLanes<T>, to += kLanes<T>) {
+        store_vector(to, columns_ - j < kLanes<T> ? load_first(row + j, columns_ - j) : load_vector(row + j));
+      }
+    }
+  }
+
+  // columns[l][j] = matrix[j][l] for the panel; matrix (columns, depth), rows `stride` apart, of a storage type
+  template <class S>
+  void pack_transposed(int64_t p, const S* matrix, int64_t stride) {
+    constexpr int L = kLanes<T>;
+    const int64_t first = first_column(p), width = end_column(p) - first;
+    for (int64_t l = 0; l < depth_; l += L) {
+      const int64_t depth = std::min<int64_t>(L, depth_ - l);
+      for (int64_t j = 0; j < width; j += L) {
+        Vector<T> block[L];
+        for (int i = 0; i < L; ++i) {
+          const bool inside = first + j + i < columns_;
+          block[i] = inside ? load_as<T>(matrix + (first + j + i) * stride + l, depth) : Vector<T>{};
+        }
+        transpose<T>(block);
+        for (int i = 0; i < depth; ++i) store_vector(panel(p) + (l + i) * width + j, block[i]);
+      }
+    }
+  }
+
+ private:
+  int64_t first_vector(int64_t panel) const { return vectors_ * panel / count_; }
+  T* panel(int64_t panel) { return data_.data() + first_column(panel) * depth_; }
+  const T* panel(int64_t panel) const { return data_.data() + first_column(panel) * depth_; }
+
+  int64_t depth_, columns_, vectors_, count_;
+  bool few_;
+  Scratch<T> data_;
+};
 
 }  // namespace dlkernels

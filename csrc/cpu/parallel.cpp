@@ -14,4 +14,6 @@ void parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t
   });
 }
 
+int64_t thread_count() { return torch::stable::get_num_threads(); }
+
 }  // namespace dlkernels

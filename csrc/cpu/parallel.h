@@ -11,4 +11,7 @@ namespace dlkernels {
 // slice the item falls into: results are the same for any number of threads.
 void parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t begin, int64_t end)>& run);
 
+// How many threads parallel_for may use at most. For decisions on speed, never on how sums are made.
+int64_t thread_count();
+
 }  // namespace dlkernels

@@ -239,6 +239,31 @@ inline void store_first_as(T* to, int64_t count, Vector<A> vector) {
   }
 }
 
+// All lanes or the first `count` <= kLanes<A> of them.
+template <class A, class T>
+inline Vector<A> load_as(const T* from, int64_t count) {
+  return count < kLanes<A> ? load_first_as<A>(from, count) : load_as<A>(from);
+}
+
+template <class A, class T>
+inline void store_as(T* to, int64_t count, Vector<A> vector) {
+  count < kLanes<A> ? store_first_as<A>(to, count, vector) : store_as<A>(to, vector);
+}
+
+// A row in the type that sums are made in: itself, or converted into the buffer.
+template <class T>
+inline const Accumulate<T>* as_sums(const T* row, int64_t M, Accumulate<T>* buffer) {
+  if constexpr (std::is_same_v<T, Accumulate<T>>) {
+    return row;
+  } else {
+    for (int64_t i = 0; i < M; i += kLanes<Accumulate<T>>) {
+      const int64_t count = M - i < kLanes<Accumulate<T>> ? M - i : kLanes<Accumulate<T>>;
+      store_as<Accumulate<T>>(buffer + i, count, load_as<Accumulate<T>>(row + i, count));
+    }
+    return buffer;
+  }
+}
+
 // ---- sums ------------------------------------------------------------------------------------------
 
 // Lane i takes what lane i ^ DISTANCE has.
@@ -255,6 +280,28 @@ inline T sum_of_lanes(Vector<T> vector) {
   } else {
     using AllLanes = std::make_integer_sequence<int, kLanes<T>>;
     return sum_of_lanes<T, LANES / 2>(vector + exchange_lanes<LANES / 2>(vector, AllLanes{}));
+  }
+}
+
+// `rows` becomes its transpose: in stage `distance` = 1, 2, 4, ... rows that far apart swap the lanes that far apart.
+template <class T, int... LANE>
+inline void swap_lanes(Vector<T>& upper, Vector<T>& lower, auto distance, std::integer_sequence<int, LANE...>) {
+  constexpr int D = distance, L = sizeof...(LANE);
+  const Vector<T> a = upper, b = lower;
+  upper = __builtin_shufflevector(a, b, ((LANE & D) ? L + LANE - D : LANE)...);
+  lower = __builtin_shufflevector(a, b, ((LANE & D) ? L + LANE : LANE + D)...);
+}
+
+template <class T, int DISTANCE = 1>
+inline void transpose(Vector<T> (&rows)[kLanes<T>]) {
+  constexpr int L = kLanes<T>;
+  if constexpr (DISTANCE < L) {
+    for (int i = 0; i < L; ++i) {
+      if (i & DISTANCE) continue;
+      swap_lanes<T>(rows[i], rows[i + DISTANCE], std::integral_constant<int, DISTANCE>{},
+                    std::make_integer_sequence<int, L>{});
+    }
+    transpose<T, 2 * DISTANCE>(rows);
   }
 }
 

@@ -71,6 +71,7 @@ class Case:
     flops: float  # multiplications and additions of the definition
     bytes: float  # every tensor read or written once
     build: Callable[[], Job] = field(repr=False, compare=False)
+    steps: int = 0  # that a call makes one after the other, where time per step says something
 
     @property
     def backward(self) -> bool:

@@ -34,25 +34,32 @@ def record(row: Row, roofs: Roofs) -> Record:
         return what | {"reason": row.refused}
     limit, roof = roofs.seconds(case.flops, case.bytes, case.dtype)
     ours, theirs = row.ours.median, row.theirs.median
-    return what | {
-        "ours_ms": ours * 1e3,
-        "ours_mad_ms": row.ours.mad * 1e3,
-        "torch_ms": theirs * 1e3,
-        "torch_mad_ms": row.theirs.mad * 1e3,
-        "ratio": row.ratio,
-        "ratio_low": row.low,
-        "ratio_high": row.high,
-        "repeats": float(row.repeats),
-        "calls_per_repeat": float(row.batch),
-        "ours_gflops": case.flops / ours * 1e-9,
-        "torch_gflops": case.flops / theirs * 1e-9,
-        "ours_gbs": case.bytes / ours * 1e-9,
-        "roof_percent": limit / ours * 100,
-        "roof": roof,
-        "ours_error": row.error_ours,
-        "torch_error": row.error_theirs,
-        "others_percent": row.others * 100,
+    per_step = {
+        name: time / case.steps * 1e6 for name, time in zip(STEP_COLUMNS, (ours, theirs), strict=True) if case.steps
     }
+    return (
+        what
+        | per_step
+        | {
+            "ours_ms": ours * 1e3,
+            "ours_mad_ms": row.ours.mad * 1e3,
+            "torch_ms": theirs * 1e3,
+            "torch_mad_ms": row.theirs.mad * 1e3,
+            "ratio": row.ratio,
+            "ratio_low": row.low,
+            "ratio_high": row.high,
+            "repeats": float(row.repeats),
+            "calls_per_repeat": float(row.batch),
+            "ours_gflops": case.flops / ours * 1e-9,
+            "torch_gflops": case.flops / theirs * 1e-9,
+            "ours_gbs": case.bytes / ours * 1e-9,
+            "roof_percent": limit / ours * 100,
+            "roof": roof,
+            "ours_error": row.error_ours,
+            "torch_error": row.error_theirs,
+            "others_percent": row.others * 100,
+        }
+    )
 
 
 TABLE_ROWS = 100  # a table with more keeps its summary only
@@ -72,6 +79,7 @@ COLUMNS = (
     *("repeats", "calls_per_repeat", "ours_gflops", "torch_gflops", "ours_gbs", "roof_percent", "roof"),
     *("ours_error", "torch_error", "others_percent", "reason"),
 )
+STEP_COLUMNS = ("ours_us_per_step", "torch_us_per_step")  # of operators that go through time
 
 
 def summarise(records: list[Record]) -> list[Record]:
@@ -122,8 +130,12 @@ def line(row: Record) -> str:
     return (
         f"{what} {ours:>14} {theirs:>14} {row['ratio']:>10.2f} {interval:10} {row['ours_gflops']:>8.1f}"
         f" {row['ours_gbs']:>6.1f} {roof:>10} {row['ours_error']:>8.1e} {row['torch_error']:>8.1e}"
-        f"{' disturbed' * disturbed(row)}"
+        f"{_per_step(row)}{' disturbed' * disturbed(row)}"
     )
+
+
+def _per_step(row: Record) -> str:
+    return f" {row[STEP_COLUMNS[0]]:.3g} us/step" if STEP_COLUMNS[0] in row else ""
 
 
 def disturbed(row: Record) -> bool:
@@ -200,7 +212,8 @@ def write_table(path, machine: dict, roofs: Roofs, records: list[Record]) -> Non
     Of more than TABLE_ROWS rows it keeps the summary; everything is in the JSON.
     """
     lines = records if len(records) <= TABLE_ROWS else summarise(records)
-    columns = COLUMNS if lines is records else tuple(lines[0])
+    steps = STEP_COLUMNS if any(STEP_COLUMNS[0] in row for row in records) else ()
+    columns = COLUMNS + steps if lines is records else tuple(lines[0])
     texts = [f"# {key}: {value}" for key, value in (machine | {"roofs": roofs_text(roofs)}).items()]
     texts.append("\t".join(columns))
     for row in lines:

@@ -5,6 +5,7 @@ Read these to learn what the kernels compute. Names, arguments and dimension let
 
 from dlkernels.reference.conv2d import conv2d, conv2d_backward
 from dlkernels.reference.drop_norm import drop_mask, drop_norm, drop_norm_backward
+from dlkernels.reference.reset_gate_rnn import reset_gate_rnn, reset_gate_rnn_backward
 from dlkernels.reference.split_linear import split_linear, split_linear_backward
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "drop_mask",
     "drop_norm",
     "drop_norm_backward",
+    "reset_gate_rnn",
+    "reset_gate_rnn_backward",
     "split_linear",
     "split_linear_backward",
 ]

@@ -9,8 +9,11 @@
 
 namespace dlkernels {
 
+constexpr int64_t kThreads = 3;
+
+int64_t thread_count() { return kThreads; }
+
 void parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& run) {
-  constexpr int64_t kThreads = 3;
   const int64_t slice = std::max(grain, (count + kThreads - 1) / kThreads);
   std::vector<std::thread> threads;
   for (int64_t begin = 0; begin < count; begin += slice) {

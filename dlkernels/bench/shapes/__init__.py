@@ -21,7 +21,7 @@ def lists(operator: str) -> list[str]:
 
 
 def select(operator: str, suite: str, device: str = "cpu") -> list[dict[str, str]]:
-    """The lines of a suite, multiplied out: "quick" (the lines marked so, at that batch size N), "all", or one list."""
+    """The lines of a suite, multiplied out: "quick" (the lines marked so, at that batch N or B), "all", or one list."""
     chosen = []
     for line in _lines(operator):
         if line.get("device", device) != device:
@@ -31,7 +31,7 @@ def select(operator: str, suite: str, device: str = "cpu") -> list[dict[str, str
         if suite == "quick":
             if quick == "-":
                 continue
-            line["N"] = quick
+            line["N" if "N" in line else "B"] = quick
         elif suite not in ("all", line["list"]):
             continue
         # "source" is prose: its commas do not multiply.

@@ -1,0 +1,706 @@
+// reset_gate_rnn on the CPU: the whole sequence in one call.
+//
+// Who owns what: sequences do not know each other, and neither do columns within a step. So the work of a step is cut
+// either into slices of the batch, each going through all of time on its own (weights that fit a core's cache), or into
+// blocks of H, whose threads go through the steps together (large weights, of which each thread then keeps a part in
+// its cache; small batches). Which of them, and how many slices: no sum is made in another order, the bits are the
+// same. Passes over memory: weights are packed once; x W_ih^T is made for a chunk of steps at once, so that a step is
+// left with h W_hh^T. The backward writes u, the gradients before sigmoid and tanh, of a chunk of steps; grad_x and the
+// weights' gradients are then products over all of the chunk's rows.
+#include "sequence.h"
+
+#include <algorithm>
+
+#include "../activations.h"
+#include "../gemm.h"
+#include "../lockstep.h"
+#include "../parallel.h"
+#include "../simd.h"
+
+namespace dlkernels {
+namespace {
+
+// ---- tuning constants ----------------------------------------------------------------------------
+
+constexpr int64_t kTaskWork = 1 << 18;       // multiply-adds, some 5 us, below which a second thread does not pay
+constexpr int64_t kStepWork = 1 << 16;       // multiply-adds of a step, below which threads that share it do not pay
+constexpr int64_t kCacheBytes = 1 << 20;     // of weights that stay in a core's cache from step to step
+constexpr int64_t kLeastSlice = 4;           // sequences of a slice: fewer use a weight too seldom once it is loaded
+constexpr int64_t kBlockRows = 128;          // rows of x, or of u, multiplied at once
+constexpr int64_t kChunkElements = 1 << 20;  // gates of a chunk of steps: 4 MiB, the workspace's bound
+constexpr int64_t kBiasRows = 128;           // summed before their sum goes on: long sums are made of short ones
+
+// ---- kernels: what forward and backward share ------------------------------------------------------
+
+// A run of steps, and where the rows of each are in the chunk's buffers: those of step s, of the sequences [b_begin,
+// b_end), are row(s) .. row(s + 1).
+class Chunk {
+ public:
+  Chunk(const ResetGateRnnShape& shape, int64_t begin, int64_t end, int64_t b_begin, int64_t b_end)
+      : begin(begin), end(end), shape_(shape), b_begin_(b_begin), b_end_(b_end), first_{0} {
+    for (int64_t s = begin; s < end; ++s) first_.push_back(first_.back() + sequences(s));
+  }
+
+  const int64_t begin, end;  // steps, in the order they are computed in
+
+  int64_t rows() const { return first_.back(); }
+  int64_t row(int64_t s) const { return first_[s - begin]; }
+  // How many of its sequences have step s, counted from b_begin.
+  int64_t sequences(int64_t s) const {
+    return std::clamp<int64_t>(shape_.rows(shape_.time(s)) - b_begin_, 0, b_end_ - b_begin_);
+  }
+
+  // run(row, t, b) for every row of [begin, end): its time and its sequence
+  template <class Run>
+  void for_rows(int64_t begin_row, int64_t end_row, const Run& run) const {
+    int64_t s = std::upper_bound(first_.begin(), first_.end(), begin_row) - first_.begin() - 1;
+    for (int64_t row = begin_row; row < end_row; ++row) {
+      while (row >= first_[s + 1]) ++s;
+      run(row, shape_.time(begin + s), b_begin_ + row - first_[s]);
+    }
+  }
+
+ private:
+  const ResetGateRnnShape& shape_;
+  int64_t b_begin_, b_end_;
+  Ints first_;
+};
+
+int64_t padded(int64_t count, int64_t lanes) { return ceil_div(count, lanes) * lanes; }
+
+// Steps of a chunk whose rows have `width` elements each.
+int64_t steps_of_chunk(const ResetGateRnnShape& shape, int64_t width) {
+  return std::clamp<int64_t>(kChunkElements / std::max<int64_t>(1, shape.B * width), 1, std::max<int64_t>(1, shape.T));
+}
+
+int64_t grain_of(int64_t work) { return std::max<int64_t>(1, kTaskWork / std::max<int64_t>(1, work)); }
+
+// How the work of the steps is cut.
+struct Plan {
+  bool by_columns;   // else by sequences
+  int64_t grain;     // sequences of a slice, at least
+  int most_vectors;  // of a panel of recurrent weights
+
+  // `threads` decides on speed alone: sums do not depend on how the work is cut.
+  Plan(const ResetGateRnnShape& shape, int64_t element_size) {
+    const int64_t threads = thread_count(), weights = 2 * shape.H * shape.H, step = shape.B * weights;
+    const bool large = weights * element_size > kCacheBytes, narrow = shape.B < kLeastSlice * threads;
+    by_columns = threads > 1 && step >= kStepWork && (large || narrow);
+    grain = std::max(kLeastSlice, grain_of(shape.T * step));
+    const int64_t slice = by_columns ? shape.B : std::max(grain, ceil_div(shape.B, threads));
+    most_vectors = slice <= kFewRows ? kFewRowsVectors : kTileVectors;
+  }
+};
+
+// Calls work(step, block) for all steps in order, blocks < `blocks`: together where the plan is by columns.
+template <class Work>
+void in_lockstep(int64_t steps, int64_t blocks, const Work& work) {
+  if (steps == 0 || blocks == 0) return;
+  Lockstep lockstep(steps, blocks);
+  parallel_for(blocks, 1, [&](int64_t begin, int64_t end) { lockstep.join(begin, end, work); });
+}
+
+// The panels of both gates' weights: of W (2H, depth) its transpose, r's columns and n's.
+template <class A>
+struct GatePanels {
+  Panels<A> r, n;
+
+  template <class T>
+  GatePanels(const T* weight, int64_t H, int64_t depth, int most_vectors)
+      : r(depth, H, most_vectors), n(depth, H, most_vectors) {
+    parallel_for(2 * r.count(), grain_of(ceil_div(H, std::max<int64_t>(1, r.count())) * depth),
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t i = begin; i < end; ++i) {
+                     const int64_t p = i / 2;
+                     i % 2 == 0 ? r.pack_transposed(p, weight, depth) : n.pack_transposed(p, weight + H * depth, depth);
+                   }
+                 });
+  }
+};
+
+// ... and W as it stands: W (2H, columns), r's rows and n's.
+template <class A>
+struct RowPanels {
+  Panels<A> r, n;
+
+  template <class T>
+  RowPanels(const T* weight, int64_t H, int64_t columns, int most_vectors)
+      : r(H, columns, most_vectors), n(H, columns, most_vectors) {
+    parallel_for(H, grain_of(columns), [&](int64_t begin, int64_t end) {
+      Scratch<A> row(columns);
+      for (int64_t l = begin; l < end; ++l) {
+        for (Panels<A>* panels : {&r, &n}) {
+          const T* from = weight + (panels == &r ? l : H + l) * columns;
+          panels->pack_row(l, as_sums(from, columns, row.data()));
+        }
+      }
+    });
+  }
+};
+
+// ---- kernels: forward --------------------------------------------------------------------------------
+
+template <class T>
+class Forward {
+  using A = Accumulate<T>;
+  static constexpr int L = kLanes<A>;
+
+ public:
+  Forward(const ResetGateRnnShape& shape, const ResetGateRnnInput<T>& in, const ResetGateRnnResult<T>& result)
+      : shape_(shape),
+        in_(in),
+        result_(result),
+        plan_(shape, sizeof(A)),
+        Hp_(padded(shape.H, L)),
+        ih_(in.weight_ih, shape.H, shape.I, kTileVectors),
+        hh_(in.weight_hh, shape.H, shape.H, plan_.most_vectors),
+        bias_(3 * Hp_),
+        state_{Scratch<A>(shape.B * Hp_), Scratch<A>(shape.B * Hp_)},
+        other_(shape.reset == Reset::output ? 0 : shape.B * Hp_) {
+    // r has the sum of its biases in a_r, and so has n in a_n; but in "after" b_hn belongs to g
+    std::fill_n(bias_.data(), 3 * Hp_, A(0));
+    const bool after = shape.reset == Reset::after;
+    for (int64_t j = 0; j < shape.H; ++j) {
+      const auto at = [&](const T* bias, int64_t i) { return bias == nullptr ? A(0) : A(load(bias[i])); };
+      bias_.data()[j] = at(in.bias_ih, j) + at(in.bias_hh, j);
+      const A b_hn = at(in.bias_hh, shape.H + j);
+      bias_.data()[Hp_ + j] = at(in.bias_ih, shape.H + j) + (after ? A(0) : b_hn);
+      bias_.data()[2 * Hp_ + j] = b_hn;
+    }
+    // a sequence that has not begun has h0 in both: steps read one and write the other
+    for (int64_t b = 0; b < shape.B; ++b) {
+      for (A* h : {state_[0].data() + b * Hp_, state_[1].data() + b * Hp_}) {
+        for (int64_t j = 0; j < shape.H; ++j) h[j] = load(in.h0[b * shape.H + j]);
+      }
+    }
+  }
+
+  void run() {
+    const int64_t length = steps_of_chunk(shape_, 2 * Hp_);
+    if (plan_.by_columns) {
+      for (int64_t s = 0; s < shape_.T; s += length) {
+        Part part(*this, s, std::min(shape_.T, s + length), 0, shape_.B);
+        parallel_for(part.chunk.rows(), std::max(kBlockRows / 4, grain_of(2 * shape_.I * shape_.H)),
+                     [&](int64_t begin, int64_t end) { part.multiply_input(begin, end); });
+        const int64_t phases = this->phases();
+        in_lockstep((part.chunk.end - s) * phases, hh_.r.count(),
+                    [&](int64_t i, int64_t block) { part.step(s + i / phases, int(i % phases), block); });
+      }
+    } else {
+      parallel_for(shape_.B, plan_.grain, [&](int64_t b_begin, int64_t b_end) {
+        for (int64_t s = 0; s < shape_.T; s += length) {
+          Part part(*this, s, std::min(shape_.T, s + length), b_begin, b_end);
+          part.multiply_input(0, part.chunk.rows());
+          for (int64_t now = s; now < part.chunk.end; ++now) {
+            for (int phase = 0; phase < phases(); ++phase) {
+              for (int64_t block = 0; block < hh_.r.count(); ++block) part.step(now, phase, block);
+            }
+          }
+        }
+      });
+    }
+    for (int64_t b = 0; b < shape_.B; ++b) {
+      const int64_t row = shape_.last_row(b);
+      std::copy_n(row < 0 ? in_.h0 + b * shape_.H : result_.output + row * shape_.H, shape_.H,
+                  result_.h_n + b * shape_.H);
+    }
+  }
+
+ private:
+  // In "before", all of q must be there before n: a step has two phases.
+  int phases() const { return shape_.reset == Reset::before ? 2 : 1; }
+
+  // A chunk of steps of some sequences.
+  struct Part {
+    Forward& f;
+    Chunk chunk;
+    int64_t b_begin;
+    Scratch<A> gates;  // (rows, 2 Hp): a_r and a_n, then the sums that go into sigmoid and tanh
+
+    Part(Forward& f, int64_t begin, int64_t end, int64_t b_begin, int64_t b_end)
+        : f(f), chunk(f.shape_, begin, end, b_begin, b_end), b_begin(b_begin), gates(chunk.rows() * 2 * f.Hp_) {}
+
+    // gates[row] = [a_r | a_n] for the rows [begin, end)
+    void multiply_input(int64_t begin, int64_t end) {
+      const int64_t I = f.shape_.I, Hp = f.Hp_;
+      Scratch<A> x(std::min(kBlockRows, end - begin) * I);
+      for (int64_t first = begin; first < end; first += kBlockRows) {
+        const int64_t count = std::min(kBlockRows, end - first);
+        chunk.for_rows(first, first + count, [&](int64_t row, int64_t t, int64_t b) {
+          const T* from = f.in_.input.row(t, b);
+          A* to = x.data() + (row - first) * I;
+          for (int64_t i = 0; i < I; ++i) to[i] = load(from[i]);
+          std::copy_n(f.bias_.data(), 2 * Hp, gates.data() + row * 2 * Hp);
+        });
+        A* sums = gates.data() + first * 2 * Hp;
+        const RowMajor<A> rows{x.data(), I};
+        for (int64_t p = 0; p < f.ih_.r.count(); ++p) {
+          const int64_t j = f.ih_.r.first_column(p);
+          f.ih_.r.multiply(p, I, count, rows, sums + j, 2 * Hp);
+          f.ih_.n.multiply(p, I, count, rows, sums + Hp + j, 2 * Hp);
+        }
+      }
+    }
+
+    // One block of columns of step s, for all sequences that have it.
+    void step(int64_t s, int phase, int64_t block) {
+      const int64_t count = chunk.sequences(s);
+      if (count == 0) return;
+      switch (f.shape_.reset) {
+        case Reset::after:
+          return after(s, block, count);
+        case Reset::before:
+          return phase == 0 ? before_r(s, block, count) : before_n(s, block, count);
+        case Reset::output:
+          return output(s, block, count);
+      }
+    }
+
+    A* sums_of(int64_t s) { return gates.data() + chunk.row(s) * 2 * f.Hp_; }
+    A* rows_of(Scratch<A>& buffer) { return buffer.data() + b_begin * f.Hp_; }
+    RowMajor<A> h_before(int64_t s) { return {rows_of(f.state_[s & 1]), f.Hp_}; }
+
+    // work(b, row, j, count, h): sequence b_begin + b, its row in output, columns j .. j + count of a vector
+    template <class Work>
+    void for_vectors(int64_t s, int64_t block, int64_t count, const Work& work) {
+      const int64_t H = f.shape_.H, first_row = f.shape_.first[f.shape_.time(s)] + b_begin;
+      for (int64_t b = 0; b < count; ++b) {
+        for (int64_t j = f.hh_.r.first_column(block); j < f.hh_.r.end_column(block); j += L) {
+          work(b, first_row + b, j, std::min<int64_t>(L, H - j));
+        }
+      }
+    }
+
+    // h of a vector, rounded to T: into output, and into the state that the next step reads
+    void keep(int64_t s, int64_t b, int64_t row, int64_t j, int64_t count, Vector<A> h) {
+      T* to = f.result_.output + row * f.shape_.H + j;
+      store_as<A>(to, count, h);
+      if constexpr (!std::is_same_v<T, A>) h = load_as<A>(to, count);
+      store_vector(rows_of(f.state_[(s + 1) & 1]) + b * f.Hp_ + j, h);
+    }
+
+    // for the backward
+    void save(int64_t row, int gate, int64_t j, int64_t count, Vector<A> value) {
+      if (f.result_.gates == nullptr) return;
+      const int64_t H = f.shape_.H;
+      store_as<A>(f.result_.gates + (row * f.shape_.saved() + gate) * H + j, count, value);
+    }
+
+    // h = tanh(a_n + r * g), g = b_hn + W_hn h'
+    void after(int64_t s, int64_t block, int64_t count) {
+      const int64_t Hp = f.Hp_, first = f.hh_.r.first_column(block), end = f.hh_.r.end_column(block);
+      A* sums = sums_of(s);
+      A* g_rows = rows_of(f.other_);
+      for (int64_t b = 0; b < count; ++b) {
+        std::copy(f.bias_.data() + 2 * Hp + first, f.bias_.data() + 2 * Hp + end, g_rows + b * Hp + first);
+      }
+      f.hh_.r.multiply(block, f.shape_.H, count, h_before(s), sums + first, 2 * Hp);
+      f.hh_.n.multiply(block, f.shape_.H, count, h_before(s), g_rows + first, Hp);
+      for_vectors(s, block, count, [&](int64_t b, int64_t row, int64_t j, int64_t columns) {
+        const Vector<A> r = sigmoid<A>(load_vector(sums + b * 2 * Hp + j));
+        const Vector<A> g = load_vector(g_rows + b * Hp + j);
+        save(row, 0, j, columns, r);
+        save(row, 1, j, columns, g);
+        keep(s, b, row, j, columns, tanh<A>(load_vector(sums + b * 2 * Hp + Hp + j) + r * g));
+      });
+    }
+
+    // q = r * h'
+    void before_r(int64_t s, int64_t block, int64_t count) {
+      const int64_t Hp = f.Hp_, first = f.hh_.r.first_column(block);
+      A* sums = sums_of(s);
+      A* q = rows_of(f.other_);
+      const RowMajor<A> h = h_before(s);
+      f.hh_.r.multiply(block, f.shape_.H, count, h, sums + first, 2 * Hp);
+      for_vectors(s, block, count, [&](int64_t b, int64_t row, int64_t j, int64_t columns) {
+        const Vector<A> r = sigmoid<A>(load_vector(sums + b * 2 * Hp + j));
+        save(row, 0, j, columns, r);
+        store_vector(q + b * Hp + j, r * load_vector(h.from(b, j).data));
+      });
+    }
+
+    // h = tanh(a_n + b_hn + W_hn q)
+    void before_n(int64_t s, int64_t block, int64_t count) {
+      const int64_t Hp = f.Hp_, first = f.hh_.n.first_column(block);
+      A* sums = sums_of(s) + Hp;
+      f.hh_.n.multiply(block, f.shape_.H, count, RowMajor<A>{rows_of(f.other_), Hp}, sums + first, 2 * Hp);
+      for_vectors(s, block, count, [&](int64_t b, int64_t row, int64_t j, int64_t columns) {
+        keep(s, b, row, j, columns, tanh<A>(load_vector(sums + b * 2 * Hp + j)));
+      });
+    }
+
+    // h = r * n, n = tanh(a_n + b_hn + W_hn h')
+    void output(int64_t s, int64_t block, int64_t count) {
+      const int64_t Hp = f.Hp_, first = f.hh_.r.first_column(block);
+      A* sums = sums_of(s);
+      f.hh_.r.multiply(block, f.shape_.H, count, h_before(s), sums + first, 2 * Hp);
+      f.hh_.n.multiply(block, f.shape_.H, count, h_before(s), sums + Hp + first, 2 * Hp);
+      for_vectors(s, block, count, [&](int64_t b, int64_t row, int64_t j, int64_t columns) {
+        const Vector<A> r = sigmoid<A>(load_vector(sums + b * 2 * Hp + j));
+        const Vector<A> n = tanh<A>(load_vector(sums + b * 2 * Hp + Hp + j));
+        save(row, 0, j, columns, r);
+        save(row, 1, j, columns, n);
+        keep(s, b, row, j, columns, r * n);
+      });
+    }
+  };
+
+  const ResetGateRnnShape& shape_;
+  const ResetGateRnnInput<T>& in_;
+  const ResetGateRnnResult<T>& result_;
+  const Plan plan_;
+  const int64_t Hp_;  // H filled up to whole vectors
+  GatePanels<A> ih_, hh_;
+  Scratch<A> bias_;      // (3 Hp): of a_r, of a_n, of g
+  Scratch<A> state_[2];  // (B, Hp) each: h' and h, by turns
+  Scratch<A> other_;     // (B, Hp): g in "after", q in "before"
+};
+
+// ---- kernels: backward -------------------------------------------------------------------------------
+
+template <class T>
+class Backward {
+  using A = Accumulate<T>;
+  static constexpr int L = kLanes<A>;
+
+ public:
+  Backward(const ResetGateRnnShape& shape, const ResetGateRnnInput<T>& in, const ResetGateRnnGrad<T>& grad,
+           const ResetGateRnnGradients<T>& wanted)
+      : shape_(shape),
+        in_(in),
+        grad_(grad),
+        wanted_(wanted),
+        plan_(shape, sizeof(A)),
+        Hp_(padded(shape.H, L)),
+        Ip_(padded(shape.I, L)),
+        width_((shape.reset == Reset::after ? 3 : 2) * Hp_),
+        hh_(in.weight_hh, shape.H, shape.H, plan_.most_vectors),
+        dh_(shape.B * Hp_),
+        direct_(shape.reset == Reset::before ? shape.B * Hp_ : 0),
+        weight_ih_(wanted.weight_ih == nullptr ? 0 : 2 * shape.H * Ip_),
+        weight_hh_(wanted.weight_hh == nullptr ? 0 : 2 * shape.H * Hp_),
+        bias_(width_) {
+    std::fill_n(dh_.data(), shape.B * Hp_, A(0));
+    for (int64_t b = 0; grad.grad_h_n != nullptr && b < shape.B; ++b) {
+      for (int64_t j = 0; j < shape.H; ++j) dh_.data()[b * Hp_ + j] = load(grad.grad_h_n[b * shape.H + j]);
+    }
+    if (wanted.weight_ih != nullptr) std::fill_n(weight_ih_.data(), 2 * shape.H * Ip_, A(0));
+    if (wanted.weight_hh != nullptr) std::fill_n(weight_hh_.data(), 2 * shape.H * Hp_, A(0));
+    std::fill_n(bias_.data(), width_, A(0));
+    if (wanted.input != nullptr) ih_.emplace(in.weight_ih, shape.H, shape.I, kTileVectors);
+  }
+
+  void run() {
+    const int64_t length = steps_of_chunk(shape_, width_);
+    for (int64_t end = shape_.T; end > 0; end -= std::min(end, length)) {
+      Part part(*this, std::max<int64_t>(0, end - length), end);
+      part.walk();
+      if (wanted_.input != nullptr) part.multiply_input();
+      if (wanted_.weight_ih != nullptr) part.add_weight_ih();
+      if (wanted_.weight_hh != nullptr) part.add_weight_hh();
+      if (wanted_.bias_ih != nullptr || wanted_.bias_hh != nullptr) part.add_bias();
+    }
+    finish();
+  }
+
+ private:
+  int64_t n_part() const { return Hp_; }                                           // u_n's columns in u
+  int64_t h_part() const { return shape_.reset == Reset::after ? 2 * Hp_ : Hp_; }  // u_h's: u_g or u_n
+
+  // h' of sequence b at step s
+  const T* h_before(int64_t t, int64_t b) const {
+    const int64_t before = shape_.reverse ? t + 1 : t - 1;
+    const bool has = before >= 0 && before < shape_.T && b < shape_.rows(before);
+    return has ? grad_.output + (shape_.first[before] + b) * shape_.H : in_.h0 + b * shape_.H;
+  }
+
+  // A chunk of steps of all sequences.
+  struct Part {
+    Backward& f;
+    Chunk chunk;
+    Scratch<A> u;  // (rows, width): u_r, u_n, and u_g in "after"
+
+    Part(Backward& f, int64_t begin, int64_t end)
+        : f(f), chunk(f.shape_, begin, end, 0, f.shape_.B), u(chunk.rows() * f.width_) {}
+
+    // u of all rows, and dh of what came before the chunk. In turn k, dh' of the step of turn k - 1 becomes dh, then u
+    // of the next step is made of it; in "before" in two phases.
+    void walk() {
+      const int64_t phases = f.shape_.reset == Reset::before ? 2 : 1, steps = chunk.end - chunk.begin;
+      const int64_t turns = steps * phases + 1, blocks = f.hh_.r.count();
+      if (f.plan_.by_columns) {
+        in_lockstep(turns, blocks,
+                    [&](int64_t i, int64_t block) { turn(i / phases, int(i % phases), block, 0, f.shape_.B); });
+        return;
+      }
+      parallel_for(f.shape_.B, f.plan_.grain, [&](int64_t b_begin, int64_t b_end) {
+        for (int64_t i = 0; i < turns; ++i) {
+          for (int64_t block = 0; block < blocks; ++block) turn(i / phases, int(i % phases), block, b_begin, b_end);
+        }
+      });
+    }
+
+    A* u_of(int64_t s, int64_t b) { return u.data() + (chunk.row(s) + b) * f.width_; }
+
+    void turn(int64_t k, int phase, int64_t block, int64_t b_begin, int64_t b_end) {
+      const int64_t s = chunk.end - 1 - k;
+      if (phase == 0 && k > 0) pass_on(s + 1, block, b_begin, std::min(b_end, chunk.sequences(s + 1)));
+      if (s < chunk.begin) return;
+      const int64_t end = std::min(b_end, chunk.sequences(s));
+      if (b_begin >= end) return;
+      switch (f.shape_.reset) {
+        case Reset::after:
+          return after(s, block, b_begin, end);
+        case Reset::before:
+          return phase == 0 ? before_n(s, block, b_begin, end) : before_r(s, block, b_begin, end);
+        case Reset::output:
+          return output(s, block, b_begin, end);
+      }
+    }
+
+    // dh = W_hr^T u_r + W_hn^T u_h of step s; in "before" W_hr^T u_r + dq r, the latter having been kept
+    void pass_on(int64_t s, int64_t block, int64_t b_begin, int64_t b_end) {
+      if (b_begin >= b_end) return;
+      const int64_t H = f.shape_.H, Hp = f.Hp_, first = f.hh_.r.first_column(block), end = f.hh_.r.end_column(block);
+      const bool before = f.shape_.reset == Reset::before;
+      for (int64_t b = b_begin; b < b_end; ++b) {
+        A* dh = f.dh_.data() + b * Hp;
+        if (before) {
+          std::copy(f.direct_.data() + b * Hp + first, f.direct_.data() + b * Hp + end, dh + first);
+        } else {
+          std::fill(dh + first, dh + end, A(0));
+        }
+      }
+      A* sums = f.dh_.data() + b_begin * Hp + first;
+      const RowMajor<A> rows{u_of(s, b_begin), f.width_};
+      f.hh_.r.multiply(block, H, b_end - b_begin, rows, sums, Hp);
+      if (!before) f.hh_.n.multiply(block, H, b_end - b_begin, rows.from(0, f.h_part()), sums, Hp);
+    }
+
+    // One vector of columns of one row, as the backward needs it.
+    struct At {
+      const Backward& f;
+      int64_t t, b, row, j, count;
+
+      Vector<A> gate(int i) const {
+        return load_as<A>(f.grad_.gates + (row * f.shape_.saved() + i) * f.shape_.H + j, count);
+      }
+      Vector<A> h() const { return load_as<A>(f.grad_.output + row * f.shape_.H + j, count); }
+      Vector<A> h_before() const { return load_as<A>(f.h_before(t, b) + j, count); }
+      Vector<A> dh() const {
+        const Vector<A> carried = load_vector(f.dh_.data() + b * f.Hp_ + j);
+        if (f.grad_.grad_output.data == nullptr) return carried;
+        return carried + load_as<A>(f.grad_.grad_output.row(t, b) + j, count);
+      }
+    };
+
+    // work(at, u): at the vector, u its place among the row's u_r
+    template <class Work>
+    void for_vectors(int64_t s, int64_t block, int64_t b_begin, int64_t b_end, const Work& work) {
+      const int64_t t = f.shape_.time(s);
+      for (int64_t b = b_begin; b < b_end; ++b) {
+        for (int64_t j = f.hh_.r.first_column(block); j < f.hh_.r.end_column(block); j += L) {
+          work(At{f, t, b, f.shape_.first[t] + b, j, std::min<int64_t>(L, f.shape_.H - j)}, u_of(s, b) + j);
+        }
+      }
+    }
+
+    void after(int64_t s, int64_t block, int64_t b_begin, int64_t b_end) {
+      for_vectors(s, block, b_begin, b_end, [&](const At& at, A* to) {
+        const Vector<A> r = at.gate(0), g = at.gate(1), n = at.h();
+        const Vector<A> u_n = at.dh() * (A(1) - n * n);
+        store_vector(to, u_n * g * (r * (A(1) - r)));
+        store_vector(to + f.Hp_, u_n);
+        store_vector(to + 2 * f.Hp_, u_n * r);
+      });
+    }
+
+    void before_n(int64_t s, int64_t block, int64_t b_begin, int64_t b_end) {
+      for_vectors(s, block, b_begin, b_end, [&](const At& at, A* to) {
+        const Vector<A> n = at.h();
+        store_vector(to + f.Hp_, at.dh() * (A(1) - n * n));
+      });
+    }
+
+    // dq = W_hn^T u_n
+    void before_r(int64_t s, int64_t block, int64_t b_begin, int64_t b_end) {
+      const int64_t Hp = f.Hp_, first = f.hh_.n.first_column(block), end = f.hh_.n.end_column(block);
+      for (int64_t b = b_begin; b < b_end; ++b) {
+        std::fill(f.direct_.data() + b * Hp + first, f.direct_.data() + b * Hp + end, A(0));
+      }
+      const RowMajor<A> rows{u_of(s, b_begin) + f.n_part(), f.width_};
+      f.hh_.n.multiply(block, f.shape_.H, b_end - b_begin, rows, f.direct_.data() + b_begin * Hp + first, Hp);
+      for_vectors(s, block, b_begin, b_end, [&](const At& at, A* to) {
+        A* direct = f.direct_.data() + at.b * Hp + at.j;
+        const Vector<A> r = at.gate(0), dq = load_vector(direct);
+        store_vector(to, dq * at.h_before() * (r * (A(1) - r)));
+        store_vector(direct, dq * r);
+      });
+    }
+
+    void output(int64_t s, int64_t block, int64_t b_begin, int64_t b_end) {
+      for_vectors(s, block, b_begin, b_end, [&](const At& at, A* to) {
+        const Vector<A> r = at.gate(0), n = at.gate(1), dh = at.dh();
+        store_vector(to, dh * n * (r * (A(1) - r)));
+        store_vector(to + f.Hp_, dh * r * (A(1) - n * n));
+      });
+    }
+
+    // grad_x = u_r W_ir + u_n W_in
+    void multiply_input() {
+      const int64_t H = f.shape_.H, I = f.shape_.I, Ip = f.Ip_;
+      parallel_for(chunk.rows(), std::max(kBlockRows / 4, grain_of(2 * H * I)), [&](int64_t begin, int64_t end) {
+        Scratch<A> sums(kBlockRows * Ip);
+        for (int64_t first = begin; first < end; first += kBlockRows) {
+          const int64_t count = std::min(kBlockRows, end - first);
+          std::fill_n(sums.data(), count * Ip, A(0));
+          const RowMajor<A> rows{u.data() + first * f.width_, f.width_};
+          for (int64_t p = 0; p < f.ih_->r.count(); ++p) {
+            A* to = sums.data() + f.ih_->r.first_column(p);
+            f.ih_->r.multiply(p, H, count, rows, to, Ip);
+            f.ih_->n.multiply(p, H, count, rows.from(0, f.n_part()), to, Ip);
+          }
+          chunk.for_rows(first, first + count, [&](int64_t row, int64_t t, int64_t b) {
+            T* to = f.wanted_.input + (f.shape_.first[t] + b) * I;
+            const A* from = sums.data() + (row - first) * Ip;
+            for (int64_t i = 0; i < I; ++i) to[i] = store<T>(from[i]);
+          });
+        }
+      });
+    }
+
+    // [grad_W_ir; grad_W_in] += sum over rows of [u_r | u_n]^T x
+    void add_weight_ih() {
+      add_products({0, f.n_part()}, f.shape_.I, f.weight_ih_.data(), f.Ip_, [&](int64_t, int64_t t, int64_t b, A* to) {
+        return as_sums(f.in_.input.row(t, b), f.shape_.I, to);
+      });
+    }
+
+    // [grad_W_hr; grad_W_hn] += sum over rows of [u_r | u_h]^T h'; in "before" u_n meets q = r h'
+    void add_weight_hh() {
+      const int64_t H = f.shape_.H;
+      const auto h = [&](int64_t, int64_t t, int64_t b, A* to) { return as_sums(f.h_before(t, b), H, to); };
+      if (f.shape_.reset != Reset::before) return add_products({0, f.h_part()}, H, f.weight_hh_.data(), f.Hp_, h);
+      add_products({0}, H, f.weight_hh_.data(), f.Hp_, h);
+      add_products({f.n_part()}, H, f.weight_hh_.data() + H * f.Hp_, f.Hp_,
+                   [&](int64_t, int64_t t, int64_t b, A* to) -> const A* {
+                     const T* h = f.h_before(t, b);
+                     const T* r = f.grad_.gates + (f.shape_.first[t] + b) * H;
+                     for (int64_t j = 0; j < H; ++j) to[j] = A(load(r[j])) * A(load(h[j]));
+                     return to;
+                   });
+    }
+
+    // sums[p*H + m][j] += sum over rows of u[row][parts[p] + m] * right(row)[j], the parts being H columns wide
+    //   right(row, t, b, buffer) is a row of N, in the buffer or elsewhere
+    template <class Right>
+    void add_products(const Ints& parts, int64_t N, A* sums, int64_t sum_stride, const Right& right) {
+      const int64_t H = f.shape_.H, tiles = ceil_div(H, kTileRows), rows = chunk.rows();
+      parallel_for(int64_t(parts.size()) * tiles, grain_of(rows * kTileRows * N), [&](int64_t begin, int64_t end) {
+        Scratch<A> left((end - begin) * kTileDepth * kTileRows), buffer(N);
+        Panels<A> panels(kTileDepth, N, kTileVectors);
+        for (int64_t first = 0; first < rows; first += kTileDepth) {
+          const int64_t depth = std::min(kTileDepth, rows - first);
+          chunk.for_rows(first, first + depth, [&](int64_t row, int64_t t, int64_t b) {
+            panels.pack_row(row - first, right(row, t, b, buffer.data()));
+          });
+          for (int64_t i = begin; i < end; ++i) {
+            const int64_t m = i % tiles * kTileRows, count = std::min<int64_t>(kTileRows, H - m);
+            const A* from = u.data() + first * f.width_ + parts[i / tiles] + m;
+            A* to = left.data() + (i - begin) * kTileDepth * kTileRows;
+            for (int64_t l = 0; l < depth; ++l, from += f.width_, to += kTileRows) std::copy_n(from, count, to);
+          }
+          for (int64_t p = 0; p < panels.count(); ++p) {
+            for (int64_t i = begin; i < end; ++i) {
+              const int64_t m = i % tiles * kTileRows, row = i / tiles * H + m;
+              const Interleaved<A> tile{left.data() + (i - begin) * kTileDepth * kTileRows};
+              panels.multiply(p, depth, std::min<int64_t>(kTileRows, H - m), tile,
+                              sums + row * sum_stride + panels.first_column(p), sum_stride);
+            }
+          }
+        }
+      });
+    }
+
+    // bias[j] += sum over rows of u[row][j]
+    void add_bias() {
+      const int64_t rows = chunk.rows();
+      parallel_for(f.width_ / L, grain_of(rows * L), [&](int64_t begin, int64_t end) {
+        for (int64_t j = begin * L; j < end * L; j += L) {
+          A* bias = f.bias_.data() + j;
+          for (int64_t first = 0; first < rows; first += kBiasRows) {
+            Vector<A> sum = {};
+            for (int64_t row = first; row < std::min(rows, first + kBiasRows); ++row) {
+              sum += load_vector(u.data() + row * f.width_ + j);
+            }
+            store_vector(bias, load_vector(bias) + sum);
+          }
+        }
+      });
+    }
+  };
+
+  void finish() {
+    const int64_t H = shape_.H, I = shape_.I;
+    store_rows(shape_.B, H, dh_.data(), Hp_, wanted_.h0);
+    store_rows(2 * H, I, weight_ih_.data(), Ip_, wanted_.weight_ih);
+    store_rows(2 * H, H, weight_hh_.data(), Hp_, wanted_.weight_hh);
+    for (int64_t part = 0; part < 2; ++part) {
+      store_rows(1, H, bias_.data() + part * n_part(), Hp_, wanted_.bias_ih, part * H);
+      store_rows(1, H, bias_.data() + part * h_part(), Hp_, wanted_.bias_hh, part * H);
+    }
+  }
+
+  // to (rows, columns) = from, whose rows are `stride` apart
+  void store_rows(int64_t rows, int64_t columns, const A* from, int64_t stride, T* to, int64_t offset = 0) const {
+    if (to == nullptr) return;
+    to += offset;
+    parallel_for(rows, grain_of(columns), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        for (int64_t j = 0; j < columns; ++j) to[row * columns + j] = store<T>(from[row * stride + j]);
+      }
+    });
+  }
+
+  const ResetGateRnnShape& shape_;
+  const ResetGateRnnInput<T>& in_;
+  const ResetGateRnnGrad<T>& grad_;
+  const ResetGateRnnGradients<T>& wanted_;
+  const Plan plan_;
+  const int64_t Hp_, Ip_;  // H and I filled up to whole vectors
+  const int64_t width_;    // of a row of u
+  RowPanels<A> hh_;
+  std::optional<RowPanels<A>> ih_;
+  Scratch<A> dh_;                            // (B, Hp): the gradient of each sequence's current h
+  Scratch<A> direct_;                        // (B, Hp), "before": dq r
+  Scratch<A> weight_ih_, weight_hh_, bias_;  // sums so far: (2H, Ip), (2H, Hp), (width)
+};
+
+}  // namespace
+
+// ---- launchers -----------------------------------------------------------------------------------
+
+template <class T>
+void reset_gate_rnn_forward(const ResetGateRnnShape& shape, const ResetGateRnnInput<T>& in,
+                            const ResetGateRnnResult<T>& result) {
+  Forward<T>(shape, in, result).run();
+}
+
+template <class T>
+void reset_gate_rnn_backward(const ResetGateRnnShape& shape, const ResetGateRnnInput<T>& in,
+                             const ResetGateRnnGrad<T>& grad, const ResetGateRnnGradients<T>& wanted) {
+  Backward<T>(shape, in, grad, wanted).run();
+}
+
+#define DLKERNELS_INSTANTIATE(T)                                                               \
+  template void reset_gate_rnn_forward(const ResetGateRnnShape&, const ResetGateRnnInput<T>&,  \
+                                       const ResetGateRnnResult<T>&);                          \
+  template void reset_gate_rnn_backward(const ResetGateRnnShape&, const ResetGateRnnInput<T>&, \
+                                        const ResetGateRnnGrad<T>&, const ResetGateRnnGradients<T>&);
+DLKERNELS_INSTANTIATE(double)
+DLKERNELS_INSTANTIATE(float)
+DLKERNELS_INSTANTIATE(BFloat16)
+DLKERNELS_INSTANTIATE(Half)
+#undef DLKERNELS_INSTANTIATE
+
+}  // namespace dlkernels
