@@ -18,6 +18,28 @@ def devices() -> list:
     return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
+# ---- memory layouts -------------------------------------------------------------------------------
+
+
+def sliced(t):
+    """The values of t (any shape) at an offset, and every second one along the last dimension of a larger tensor."""
+    big = t.new_full((*(n + 3 for n in t.shape[:-1]), 2 * t.shape[-1] + 3), 1)
+    view = big[(*(slice(2, 2 + n) for n in t.shape[:-1]), slice(1, 1 + 2 * t.shape[-1], 2))]
+    return view.copy_(t)
+
+
+# Ways for a tensor to lie in memory, each a function of a tensor. Expanded ones repeat some of its values.
+VIEWS = {
+    "sliced": sliced,
+    "row_of_a_wider_one": lambda t: torch.cat([t, t, t], -1)[..., 1 : 1 + t.shape[-1]],
+    "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
+    "expanded_last": lambda t: t[..., :1].expand_as(t),
+    "expanded_first": lambda t: t[:1].expand_as(t),
+    "expanded_scalar": lambda t: t.flatten()[0].expand_as(t),
+    "every_third": lambda t: torch.stack([t, t, t], -1)[..., 1],
+}
+
+
 # ---- tolerances -----------------------------------------------------------------------------------
 
 

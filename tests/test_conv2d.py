@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 import dlkernels
 from dlkernels import reference
-from dlkernels.testing import DTYPES, Conv2dCase, compare, conv2d_cases, relative_error
+from dlkernels.testing import DTYPES, VIEWS, Conv2dCase, compare, conv2d_cases, relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 
@@ -293,19 +293,7 @@ def test_gradients_accumulate_in_leaves():
 # ---- memory ---------------------------------------------------------------------------------------
 
 
-def sliced(t):
-    """Offset, and a step of 2 along the last dimension."""
-    big = t.new_full((*(n + 3 for n in t.shape[:-1]), 2 * t.shape[-1] + 3), 99)
-    view = big[(*(slice(2, 2 + n) for n in t.shape[:-1]), slice(1, 1 + 2 * t.shape[-1], 2))]
-    return view.copy_(t)
-
-
-VIEWS = {
-    "sliced": sliced,
-    "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
-    "expanded_last": lambda t: t[..., :1].expand_as(t),
-    "expanded_first": lambda t: t[:1].expand_as(t),
-    "expanded_scalar": lambda t: t.flatten()[0].expand_as(t),
+VIEWS_OF_IMAGES = VIEWS | {
     "flipped": lambda t: t.flip(-1),
     "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t,
     "channels_last_sliced": lambda t: (
@@ -316,7 +304,7 @@ SOME_CASES = named("3x3", "asymmetric_all", "depthwise", "1x1", "3x3_stride_2")
 
 
 @pytest.mark.parametrize("argument", ["input", "weight", "bias", "grad", "all"])
-@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("view", VIEWS_OF_IMAGES)
 @pytest.mark.parametrize("backend", OURS)
 @each_case([replaced for case in SOME_CASES for replaced in [Conv2dCase(**{**vars(case), "bias": True})]])
 def test_any_strides_give_the_same_values(case, backend, view, argument):
@@ -325,7 +313,7 @@ def test_any_strides_give_the_same_values(case, backend, view, argument):
         zip(("input", "weight", "bias", "grad"), (*inputs, random_grad(case, inputs, integers=True)), strict=True)
     )
     for name in tensors if argument == "all" else [argument]:
-        tensors[name] = VIEWS[view](tensors[name])
+        tensors[name] = VIEWS_OF_IMAGES[view](tensors[name])
     *inputs, grad = tensors.values()
     exact = results(F.conv2d, case, [t.clone(memory_format=torch.contiguous_format) for t in inputs], grad.contiguous())
     with dlkernels.backend(backend):

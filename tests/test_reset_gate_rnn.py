@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import dlkernels
 from dlkernels import reference
-from dlkernels.testing import DTYPES, ResetGateRnnCase, compare, relative_error, reset_gate_rnn_cases
+from dlkernels.testing import DTYPES, VIEWS, ResetGateRnnCase, compare, relative_error, reset_gate_rnn_cases
 
 CASES = {case.name: case for case in reset_gate_rnn_cases()}
 FORMS = ("after", "before", "output")
@@ -557,35 +557,21 @@ def test_gradients_accumulate_in_leaves():
 # ---- memory ---------------------------------------------------------------------------------------
 
 
-def sliced(t):
-    """Offset, and a step of 2 along the last dimension."""
-    big = t.new_full((*(n + 3 for n in t.shape[:-1]), 2 * t.shape[-1] + 3), 1)
-    view = big[(*(slice(2, 2 + n) for n in t.shape[:-1]), slice(1, 1 + 2 * t.shape[-1], 2))]
-    return view.copy_(t)
-
-
-VIEWS = {
-    "sliced": sliced,
-    "row_of_a_wider_one": lambda t: torch.cat([t, t, t], -1)[..., 1 : 1 + t.shape[-1]],
-    "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
+VIEWS_OF_SEQUENCES = VIEWS | {
     "batch_first": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1) if t.dim() > 1 else t,
-    "expanded_last": lambda t: t[..., :1].expand_as(t),
-    "expanded_first": lambda t: t[:1].expand_as(t),
-    "expanded_scalar": lambda t: t.flatten()[0].expand_as(t),
-    "every_third": lambda t: torch.stack([t, t, t], -1)[..., 1],
 }
 
 
 @pytest.mark.parametrize(
     ("backend", "argument"), [*(("native", name) for name in (*NAMES, "grad_output", "grad_h_n")), ("reference", "all")]
 )
-@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("view", VIEWS_OF_SEQUENCES)
 @each_case([CASES["after"], CASES["before_packed_reverse"]])
 def test_any_strides_give_the_same_values(case, view, backend, argument):
     inputs = case.make_inputs(torch.float64)
     tensors = dict(zip((*NAMES, "grad_output", "grad_h_n"), (*inputs, *random_grads(inputs)), strict=True))
     for name in tensors if argument == "all" else [argument]:
-        tensors[name] = VIEWS[view](tensors[name])
+        tensors[name] = VIEWS_OF_SEQUENCES[view](tensors[name])
     *copies, copy_output, copy_h_n = (t.clone(memory_format=torch.contiguous_format) for t in tensors.values())
     exact = results(loop_over_time, case, copies, [copy_output, copy_h_n])
     *inputs, grad_output, grad_h_n = tensors.values()
