@@ -26,8 +26,8 @@ constexpr int kTileColumns = kTileVectors * kLanes<T>;
 constexpr int kFewRows = kTileRows / 2;
 constexpr int kFewRowsVectors = kVectorRegisters == 32 ? 6 : 4;
 
-constexpr int64_t kTileDepth =
-    256;  // summed in registers before memory is touched: a panel of this depth fits L1 or L2
+// Terms summed in registers before memory is touched: a panel of this depth fits the first or second cache.
+constexpr int64_t kTileDepth = 256;
 
 // The left operand packed: (depth, kTileRows).
 template <class T>
@@ -69,20 +69,6 @@ void multiply_tile(int64_t depth, const Rows& rows, const T* columns, int64_t co
   }
 }
 
-// A panel of `row_count` <= kTileRows rows by `column_count` columns, a multiple of kTileColumns.
-template <int ROWS = kTileRows, class T>
-void multiply_panel(int64_t row_count, int64_t column_count, int64_t depth, const T* rows, const T* columns,
-                    int64_t column_stride, T* sums, int64_t sum_stride) {
-  if constexpr (ROWS > 1) {
-    if (row_count < ROWS) {
-      return multiply_panel<ROWS - 1>(row_count, column_count, depth, rows, columns, column_stride, sums, sum_stride);
-    }
-  }
-  for (int64_t j = 0; j < column_count; j += kTileColumns<T>) {
-    multiply_tile<ROWS, kTileVectors>(depth, Interleaved<T>{rows}, columns + j, column_stride, sums + j, sum_stride);
-  }
-}
-
 // ---- tiles of any size ---------------------------------------------------------------------------
 
 template <class T, class Rows>
@@ -104,6 +90,16 @@ Tile<T, Rows> tile_of(int64_t row_count, int64_t vectors) {
   }
   constexpr int kRows = VECTORS > kTileVectors ? kFewRows : kTileRows;
   return tile_of<VECTORS, T, Rows>(row_count, std::make_integer_sequence<int, kRows>{});
+}
+
+// A panel of `row_count` <= kTileRows rows by `column_count` columns, a multiple of kTileColumns.
+template <class T>
+void multiply_panel(int64_t row_count, int64_t column_count, int64_t depth, const T* rows, const T* columns,
+                    int64_t column_stride, T* sums, int64_t sum_stride) {
+  const auto tile = tile_of<T, Interleaved<T>>(row_count, kTileVectors);
+  for (int64_t j = 0; j < column_count; j += kTileColumns<T>) {
+    tile(depth, Interleaved<T>{rows}, columns + j, column_stride, sums + j, sum_stride);
+  }
 }
 
 // The right operand packed: its columns, filled up with zeros to whole vectors, cut into panels of about the same

@@ -61,10 +61,15 @@ __global__ void multiply(int64_t count, int64_t M, int64_t N, int64_t K, Left le
         right_tile[i % kTileDepth][i / kTileDepth] = k < K && n < N ? A(load(right.at(n, k))) : A(0);
       }
       __syncthreads();
+      A part[kOwn][kOwn] = {};  // long sums are made of short ones, which keeps their rounding errors small
       for (int k = 0; k < min(int64_t(kTileDepth), K - k0); ++k) {
         for (int a = 0; a < kOwn; ++a) {
-          for (int b = 0; b < kOwn; ++b) own[a][b] += left_tile[k][row + a * kSide] * right_tile[k][column + b * kSide];
+          for (int b = 0; b < kOwn; ++b)
+            part[a][b] += left_tile[k][row + a * kSide] * right_tile[k][column + b * kSide];
         }
+      }
+      for (int a = 0; a < kOwn; ++a) {
+        for (int b = 0; b < kOwn; ++b) own[a][b] += part[a][b];
       }
       __syncthreads();
     }
@@ -218,9 +223,7 @@ __global__ void reset_backward(int64_t count, StepBackward<T> step) {
 // ---- launchers -----------------------------------------------------------------------------------
 
 struct CudaResetGateRnn : CudaKernels {
-  torch::stable::Tensor like;  // whose device workspaces are on
-
-  explicit CudaResetGateRnn(const torch::stable::Tensor& input) : CudaKernels(input), like(input) {}
+  using CudaKernels::CudaKernels;
 
   template <bool ADD, class Left, class Right, class A>
   void multiply_into(int64_t M, int64_t N, int64_t K, const Left& left, const Right& right, A* sums,
@@ -233,11 +236,6 @@ struct CudaResetGateRnn : CudaKernels {
   template <class From, class To>
   void convert_into(int64_t count, const From* from, To* to) const {
     if (to != nullptr) launch_for_items(stream(), "reset_gate_rnn", count, convert<From, To>, from, to);
-  }
-
-  template <class A>
-  torch::stable::Tensor workspace(int64_t count) const {
-    return empty_of<A>(like, {count});
   }
 
   // x as the left or right operand, row by row
