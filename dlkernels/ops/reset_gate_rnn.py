@@ -4,6 +4,8 @@ Letters: T time steps, B sequences, I input features, H hidden features; gates r
 csrc/cpu/reset_gate_rnn and csrc/cuda/reset_gate_rnn.cu, their contract csrc/reset_gate_rnn.h.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -227,24 +229,20 @@ def reset_gate_rnn(
     for name, x in given.items():
         if not isinstance(x, Tensor) and not (x is None and name in optional):
             raise TypeError(f"reset_gate_rnn: {name} must be a tensor, got {type(x).__name__}")
-    name, tensors = current_backend(), tuple(given.values())
-    arguments = (name, *tensors, reset, reverse)
+    run, tensors = _BACKENDS[current_backend()], tuple(given.values())
+    *floating, batch_sizes = tensors
+    cast_tensors = cast(floating, autocast_dtype(input.device.type))
     if torch.compiler.is_compiling():
-        return _run(*arguments)
+        return run(*cast_tensors, reset, batch_sizes, reverse)
     try:
-        return _run(*arguments)
+        return run(*cast_tensors, reset, batch_sizes, reverse)
     except RuntimeError as error:
         problem = explain(error, "reset_gate_rnn", tensors, lambda: None)
     raise problem from None
 
 
-def _run(name, input, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, reset, reverse):
-    given = (input, h0, weight_ih, weight_hh, bias_ih, bias_hh)
-    tensors = tuple(cast(given, autocast_dtype(input.device.type)))
-    if name == "torch":
-        return _with_stock_operators(*(*tensors, reset, batch_sizes, reverse))
-    if name == "reference":
-        return _reference_reset_gate_rnn(*tensors, reset, batch_sizes, reverse)
+def _by_kernels(input, h0, weight_ih, weight_hh, bias_ih, bias_hh, reset, batch_sizes, reverse):
+    tensors = (input, h0, weight_ih, weight_hh, bias_ih, bias_hh)
     transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     output, h_n, _ = _reset_gate_rnn(*tensors, batch_sizes, _FORMS.index(reset), reverse, save or transformed)
@@ -255,9 +253,7 @@ def _with_stock_operators(input, h0, weight_ih, weight_hh, bias_ih, bias_hh, res
     """The input's part of all gates in one F.linear, then a loop: the fastest composition of torch's own operators."""
     H = weight_hh.shape[1]
     inner = None
-    if (
-        reset == "after" and bias_hh is not None
-    ):  # b_hn belongs to what r multiplies, all other biases can be added here
+    if reset == "after" and bias_hh is not None:  # r multiplies b_hn, too; all other biases can be added here
         inner, bias_hh = bias_hh[H:], torch.cat([bias_hh[:H], torch.zeros_like(bias_hh[H:])])
     bias = bias_ih if bias_hh is None else bias_hh if bias_ih is None else bias_ih + bias_hh
     x = F.linear(input, weight_ih, bias)
@@ -282,6 +278,13 @@ def _with_stock_operators(input, h0, weight_ih, weight_hh, bias_ih, bias_hh, res
     if not steps:
         return x[..., :H], h0.clone()
     return torch.stack(outputs) if batch_sizes is None else torch.cat(outputs), h if h is not h0 else h0.clone()
+
+
+_BACKENDS: dict[str, Callable] = {
+    "native": _by_kernels,
+    "reference": _reference_reset_gate_rnn,
+    "torch": _with_stock_operators,
+}
 
 
 def _check_reset(reset):
