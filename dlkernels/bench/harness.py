@@ -212,7 +212,7 @@ def check_parity(case: Case, job: Job, slot: int, ours, theirs) -> tuple[float, 
         if errors[0] <= looser:
             continue
         try:
-            compare(mine, other, exact, case.dtype, gradient=name != "output", name=name)
+            compare(mine, other, exact, case.dtype, gradient=name.startswith("gradient"), name=name)
         except AssertionError as error:
             raise Refused(f"parity: {error}") from None
     return worst[0], worst[1]

@@ -162,7 +162,8 @@ class RnnJob:
         return output, h_n, *torch.autograd.grad(output, (leaf, *layer.parameters()), grad)
 
     def changed(self):
-        pass  # nothing is packed from a vector
+        if self.backward:
+            torch.autograd.graph.increment_version([*self.layer.parameters(), *self.torch_side.parameters()])
 
     def exact(self, slot, ours, theirs):
         yield from zip(NAMES, ours, self.comparable(theirs), self.in_float64(slot, self.layer), strict=False)
