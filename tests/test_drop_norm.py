@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import dlkernels
 from dlkernels import reference
-from dlkernels.testing import DTYPES, DropNormCase, compare, drop_norm_cases, relative_error
+from dlkernels.testing import DTYPES, VIEWS, DropNormCase, compare, drop_norm_cases, relative_error
 
 CASES = {case.name: case for case in drop_norm_cases()}
 BACKENDS = ("native", "reference", "torch")
@@ -342,24 +342,6 @@ def test_gradients_accumulate_in_leaves():
 
 
 # ---- memory ---------------------------------------------------------------------------------------
-
-
-def sliced(t):
-    """Offset, and a step of 2 along the last dimension."""
-    big = t.new_full((*(n + 3 for n in t.shape[:-1]), 2 * t.shape[-1] + 3), 1)
-    view = big[(*(slice(2, 2 + n) for n in t.shape[:-1]), slice(1, 1 + 2 * t.shape[-1], 2))]
-    return view.copy_(t)
-
-
-VIEWS = {
-    "sliced": sliced,
-    "row_of_a_wider_one": lambda t: torch.cat([t, t, t], -1)[..., 1 : 1 + t.shape[-1]],
-    "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
-    "expanded_last": lambda t: t[..., :1].expand_as(t),
-    "expanded_first": lambda t: t[:1].expand_as(t),
-    "expanded_scalar": lambda t: t.flatten()[0].expand_as(t),
-    "every_third": lambda t: torch.stack([t, t, t], -1)[..., 1],
-}
 
 
 @pytest.mark.parametrize("argument", ["input", "keep", "weight", "bias", "grad", "all"])
@@ -1429,3 +1411,18 @@ def test_backends_agree(case):
             made[backend] = results(dlkernels.drop_norm, case, inputs, grad)
     torch.testing.assert_close(made["native"], made["reference"])
     torch.testing.assert_close(made["native"], made["torch"])
+
+
+def test_torch_fx_keeps_the_calls_in_its_graph():
+    model = nn.Sequential(nn.Linear(8, 6), dlkernels.DropNorm(6, p=0.5))
+    traced, x = torch.fx.symbolic_trace(model), torch.randn(5, 8)
+    assert dlkernels.drop_mask in [node.target for node in traced.graph.nodes]
+    torch.manual_seed(0)
+    expected = model(x)
+    torch.manual_seed(0)
+    assert torch.equal(traced(x), expected)
+
+
+def test_other_layouts_are_named():
+    with pytest.raises(RuntimeError, match="sparse_coo"):
+        dlkernels.drop_norm(torch.eye(4).to_sparse())

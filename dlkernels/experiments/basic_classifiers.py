@@ -526,7 +526,8 @@ def tell_layers(problem: Problem, ours: Result, theirs: Result, compared: int, r
         f"largest difference of the loss from torch.nn's in the first {compared} steps",
     )
     say(f"  CNN, a step: {milliseconds[0]:.2f} ms on dlkernels.Conv2d, {milliseconds[1]:.2f} ms on torch.nn.Conv2d")
-    say(f"  CNN, losses of the first {compared} steps: at most {difference:.1e} apart")
+    apart = f"at most {difference:.1e} apart" if difference else "the same float32 numbers"
+    say(f"  CNN, losses of the first {compared} steps: {apart}")
     report.section(
         "The same network on torch.nn",
         "The CNN was trained a second time with torch.nn.Conv2d in the place of dlkernels.Conv2d: the same first "

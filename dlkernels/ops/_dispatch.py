@@ -160,6 +160,9 @@ def explain(error: Exception, op: str, tensors: Sequence[Any], torch_call: Calla
     Where torch's own function refuses the same call, its error: users of torch.nn know it. Else ours.
     """
     if "Could not run" in str(error):  # the dispatcher's long list of what it has
+        layouts = {x.layout for x in tensors if isinstance(x, torch.Tensor)} - {torch.strided}
+        if layouts:
+            return RuntimeError(f"{op}: expected dense (torch.strided) tensors, got {', '.join(map(str, layouts))}")
         devices = sorted({str(x.device) for x in tensors if isinstance(x, torch.Tensor)})
         return RuntimeError(
             f"{op}: expected tensors on a device this build of dlkernels has kernels for, got {', '.join(devices)} "

@@ -250,6 +250,10 @@ def _with_stock_operators(input, keep, weight, bias, shape, eps, rescale):
     return torch.zeros_like(x).scatter(-1, index.expand_as(y), y).view(input.shape)
 
 
+torch.fx.wrap("drop_mask")  # symbolic tracing keeps our calls in the graph, as it keeps one of F.layer_norm
+torch.fx.wrap("drop_norm")
+torch.fx.wrap("_over_features")
+
 _BACKENDS = {"native": _drop_norm, "reference": _by_definition, "torch": _with_stock_operators}
 
 
