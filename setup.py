@@ -3,6 +3,7 @@
 Environment: DLKERNELS_CUDA=0|1 (default: build CUDA if torch has it and nvcc is found), TORCH_CUDA_ARCH_LIST, MAX_JOBS.
 """
 
+import copy
 import os
 import platform
 import re
@@ -83,19 +84,24 @@ def cuda_extension():
 
 
 class Build(BuildExtension.with_options(no_python_abi_suffix=True)):
-    """Libraries share sources: each gets an object folder of its own, so that rebuilds are incremental."""
+    """Libraries share sources: each gets an object folder of its own, so that rebuilds are incremental.
+
+    They are built side by side, each with its share of the jobs: where a single file has changed, there is one compiler
+    to run for each of them.
+    """
 
     def finalize_options(self):
         super().finalize_options()
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count())
+        self.parallel = min(jobs, len(self.extensions))
+        os.environ["MAX_JOBS"] = str(jobs // self.parallel)  # ninja reads it
         # Also for `pip install -e .`: setuptools would compile in a folder that it throws away afterwards.
         self.build_temp = os.path.join("build", f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
 
     def build_extension(self, ext):
-        shared, self.build_temp = self.build_temp, os.path.join(self.build_temp, ext.name)
-        try:
-            super().build_extension(ext)
-        finally:
-            self.build_temp = shared
+        own = copy.copy(self)  # threads share self
+        own.build_temp = os.path.join(self.build_temp, ext.name)
+        super(Build, own).build_extension(ext)
 
     def get_ext_filename(self, name):
         """The libraries belong to no Python version; `_C` does."""
