@@ -20,6 +20,13 @@ STABLE_TORCH_LIBRARY(dlkernels, library) {
   library.def(
       "conv2d_backward(Tensor grad, Tensor input, Tensor weight, SymInt[2] stride, SymInt[4] padding, "
       "SymInt[2] dilation, SymInt groups, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+  // for tests: by the strategy of that number (csrc/cpu/conv2d/conv2d.cpp), whatever the chooser says
+  library.def(
+      "conv2d_by(int strategy, Tensor input, Tensor weight, Tensor? bias, SymInt[2] stride, SymInt[4] padding, "
+      "SymInt[2] dilation, SymInt groups) -> Tensor");
+  library.def(
+      "conv2d_backward_by(int strategy, Tensor grad, Tensor input, Tensor weight, SymInt[2] stride, SymInt[4] padding, "
+      "SymInt[2] dilation, SymInt groups, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
 
   library.def("drop_mask(Tensor keys, SymInt dropped) -> Tensor");
   library.def(

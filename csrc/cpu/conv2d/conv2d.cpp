@@ -1,41 +1,109 @@
 // conv2d on the CPU: which strategy runs, and the operators' registration.
 #include "../../conv2d.h"
 
+#include <utility>
+
 #include "../pool.h"
 #include "direct.h"
 
 namespace dlkernels {
 namespace {
 
+// In the order that `conv2d_by` counts them in.
+enum class Strategy { kDirect, kCount };
+
+template <class Run>
+void with_strategy(Strategy strategy, const Run& run) {
+  switch (strategy) {
+    case Strategy::kCount:
+    case Strategy::kDirect:
+      return run(Direct{});
+  }
+}
+
+// The one chooser: by shape and memory format, never by thread count or alignment, so that the bits stay the same.
+Strategy choose(const Conv2dShape&, bool /*channels_last*/) { return Strategy::kDirect; }
+
 struct CpuConv2d : CpuKernels {
-  using CpuKernels::CpuKernels;
+  explicit CpuConv2d(const torch::stable::Tensor& input, Strategy forced = Strategy::kCount)
+      : CpuKernels(input), forced_(forced) {}
 
   template <class T>
   void forward(const Conv2dShape& shape, Strided4d<const T> input, Strided4d<const T> weight, const T* bias,
                int64_t bias_stride, Strided4d<T> output) const {
-    conv2d_direct(shape, input, weight, bias, bias_stride, output);
+    run(shape, output, [&](auto strategy) { strategy.forward(shape, input, weight, bias, bias_stride, output); });
   }
   template <class T>
   void grad_input(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> weight,
                   Strided4d<T> grad_input) const {
-    conv2d_direct_grad_input(shape, grad, weight, grad_input);
+    run(shape, grad_input, [&](auto strategy) { strategy.grad_input(shape, grad, weight, grad_input); });
   }
   template <class T>
   void grad_weight(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> input,
                    Strided4d<T> grad_weight) const {
-    conv2d_direct_grad_weight(shape, grad, input, grad_weight);
+    run(shape, input, [&](auto strategy) { strategy.grad_weight(shape, grad, input, grad_weight); });
   }
   template <class T>
   void grad_bias(const Conv2dShape& shape, Strided4d<const T> grad, T* grad_bias) const {
-    conv2d_direct_grad_bias(shape, grad, grad_bias);
+    conv2d_grad_bias(shape, grad, grad_bias);
   }
+
+ private:
+  template <class T, class Run>
+  void run(const Conv2dShape& shape, const Strided4d<T>& images, const Run& run) const {
+    const Strategy strategy = forced_ != Strategy::kCount ? forced_ : choose(shape, images.stride_c == 1);
+    with_strategy(strategy, [&](auto chosen) {
+      check(chosen.can(shape), "conv2d: this strategy cannot do this shape");
+      run(chosen);
+    });
+  }
+
+  Strategy forced_;
 };
+
+// ---- one strategy, whatever the chooser says: for tests ------------------------------------------
+
+template <Strategy STRATEGY>
+struct Forced : CpuConv2d {
+  explicit Forced(const torch::stable::Tensor& input) : CpuConv2d(input, STRATEGY) {}
+};
+
+// Calls run(Forced<strategy>'s type) for the strategy of that number.
+template <class Result, class Run>
+Result with_forced(int64_t strategy, const Run& run) {
+  return [&]<int... I>(std::integer_sequence<int, I...>) {
+    Result result;
+    const bool known = ((strategy == I && (result = run(std::type_identity<Forced<Strategy(I)>>{}), true)) || ...);
+    check(known, "conv2d_by: strategy must be below ", int(Strategy::kCount), ", got ", strategy);
+    return result;
+  }(std::make_integer_sequence<int, int(Strategy::kCount)>{});
+}
+
+using Tensor = torch::stable::Tensor;
+using Gradients = std::tuple<Tensor, Tensor, Tensor>;
+
+Tensor conv2d_by(int64_t strategy, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                 Ints stride, Ints padding, Ints dilation, int64_t groups) {
+  return with_forced<Tensor>(strategy, [&](auto forced) {
+    return conv2d<typename decltype(forced)::type>(input, weight, bias, stride, padding, dilation, groups);
+  });
+}
+
+Gradients conv2d_backward_by(int64_t strategy, const Tensor& grad, const Tensor& input, const Tensor& weight,
+                             Ints stride, Ints padding, Ints dilation, int64_t groups, std::vector<bool> output_mask) {
+  return with_forced<Gradients>(strategy, [&](auto forced) {
+    return conv2d_backward<typename decltype(forced)::type>(grad, input, weight, stride, padding, dilation, groups,
+                                                            output_mask);
+  });
+}
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dlkernels, CPU, library) {
-  library.impl("conv2d", TORCH_BOX((&conv2d<CpuConv2d, torch::stable::Tensor>)));
-  library.impl("conv2d_backward", TORCH_BOX((&conv2d_backward<CpuConv2d, torch::stable::Tensor>)));
+  library.impl("conv2d", TORCH_BOX((&conv2d<CpuConv2d, Tensor>)));
+  library.impl("conv2d_backward", TORCH_BOX((&conv2d_backward<CpuConv2d, Tensor>)));
+  library.impl("conv2d_by", TORCH_BOX(&conv2d_by));
+  library.impl("conv2d_backward_by", TORCH_BOX(&conv2d_backward_by));
 }
 
 }  // namespace dlkernels

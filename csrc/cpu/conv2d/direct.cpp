@@ -302,8 +302,8 @@ void sum_over_pixels(const Gather<T>& gather, const Strided4d<const T>& grad, in
 // ---- entry points --------------------------------------------------------------------------------
 
 template <class T>
-void conv2d_direct(const Conv2dShape& shape, Strided4d<const T> input, Strided4d<const T> weight, const T* bias,
-                   int64_t bias_stride, Strided4d<T> output) {
+void Direct::forward(const Conv2dShape& shape, Strided4d<const T> input, Strided4d<const T> weight, const T* bias,
+                     int64_t bias_stride, Strided4d<T> output) {
   const int64_t M = shape.K / shape.G;
   gather_and_multiply(
       gather_input(shape, input), shape.G, M,
@@ -312,8 +312,8 @@ void conv2d_direct(const Conv2dShape& shape, Strided4d<const T> input, Strided4d
 }
 
 template <class T>
-void conv2d_direct_grad_input(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> weight,
-                              Strided4d<T> grad_input) {
+void Direct::grad_input(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> weight,
+                        Strided4d<T> grad_input) {
   if (shape.N == 0 || shape.C == 0) return;
   const int64_t M = shape.C / shape.G, D = shape.K / shape.G;
   for (int64_t phase_h = 0; phase_h < std::min(shape.stride_h, shape.H); ++phase_h) {
@@ -332,8 +332,8 @@ void conv2d_direct_grad_input(const Conv2dShape& shape, Strided4d<const T> grad,
 // Tasks own a block of rows and columns of one group's grad_weight, and one of `chunks` stretches of pixels where there
 // would be too few tasks otherwise; the chunks' sums are then added in order.
 template <class T>
-void conv2d_direct_grad_weight(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> input,
-                               Strided4d<T> grad_weight) {
+void Direct::grad_weight(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> input,
+                         Strided4d<T> grad_weight) {
   if (shape.C == 0) return;
   using Sum = Accumulate<T>;
   const Gather<T> gather = gather_input(shape, input);
@@ -375,7 +375,7 @@ void conv2d_direct_grad_weight(const Conv2dShape& shape, Strided4d<const T> grad
 }
 
 template <class T>
-void conv2d_direct_grad_bias(const Conv2dShape& shape, Strided4d<const T> grad, T* grad_bias) {
+void conv2d_grad_bias(const Conv2dShape& shape, Strided4d<const T> grad, T* grad_bias) {
   constexpr int64_t kChannels = 16;  // of a task: one cache line of float in channels_last
   const int64_t pixels = shape.N * shape.P * shape.Q;
   parallel_for(ceil_div(shape.K, kChannels), grain_of(pixels * kChannels), [&](int64_t begin, int64_t end) {
@@ -411,12 +411,12 @@ void conv2d_direct_grad_bias(const Conv2dShape& shape, Strided4d<const T> grad, 
   });
 }
 
-#define DLKERNELS_INSTANTIATE(T)                                                                                     \
-  template void conv2d_direct(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, const T*, int64_t,         \
-                              Strided4d<T>);                                                                         \
-  template void conv2d_direct_grad_input(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, Strided4d<T>);  \
-  template void conv2d_direct_grad_weight(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, Strided4d<T>); \
-  template void conv2d_direct_grad_bias(const Conv2dShape&, Strided4d<const T>, T*);
+#define DLKERNELS_INSTANTIATE(T)                                                                               \
+  template void Direct::forward(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, const T*, int64_t, \
+                                Strided4d<T>);                                                                 \
+  template void Direct::grad_input(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, Strided4d<T>);  \
+  template void Direct::grad_weight(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, Strided4d<T>); \
+  template void conv2d_grad_bias(const Conv2dShape&, Strided4d<const T>, T*);
 DLKERNELS_INSTANTIATE(double)
 DLKERNELS_INSTANTIATE(float)
 DLKERNELS_INSTANTIATE(BFloat16)
