@@ -45,6 +45,14 @@ struct RowMajor {
   RowMajor from(int64_t m, int64_t l) const { return {data + m * stride + l, stride}; }
 };
 
+// The left operand through two tables: element (m, l) lies at data[row[m] + depth[l]].
+template <class T>
+struct Indirect {
+  const T* data;
+  const int64_t *row, *depth;
+  T at(int m, int64_t l) const { return data[row[m] + depth[l]]; }
+};
+
 // One tile of ROWS rows by VECTORS vectors. Each sum is made in order of l, whatever the tile's size: the same bits.
 //   rows     (depth, ROWS)
 //   columns  (depth, column_stride), the tile's VECTORS vectors first
@@ -90,6 +98,17 @@ Tile<T, Rows> tile_of(int64_t row_count, int64_t vectors) {
   }
   constexpr int kRows = VECTORS > kTileVectors ? kFewRows : kTileRows;
   return tile_of<VECTORS, T, Rows>(row_count, std::make_integer_sequence<int, kRows>{});
+}
+
+// The most rows of a tile of so many vectors, each row through a pointer of its own.
+constexpr int tile_rows(int vectors) { return std::min(8, (kVectorRegisters - 1 - vectors) / vectors); }
+
+template <class T, int VECTORS = 4>
+Tile<T, Indirect<T>> indirect_tile(int64_t row_count, int64_t vectors) {
+  if constexpr (VECTORS > 1) {
+    if (vectors < VECTORS) return indirect_tile<T, VECTORS - 1>(row_count, vectors);
+  }
+  return tile_of<VECTORS, T, Indirect<T>>(row_count, std::make_integer_sequence<int, tile_rows(VECTORS)>{});
 }
 
 // A panel of `row_count` <= kTileRows rows by `column_count` columns, a multiple of kTileColumns.
