@@ -1,0 +1,157 @@
+// Weights as the strategies read and write them: panels of channels, which fill vectors.
+#pragma once
+
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+#include "../gemm.h"
+#include "slab.h"
+
+namespace dlkernels {
+
+constexpr int kPanelVectors = kVectorRegisters == 32 ? 4 : 2;  // they divide the usual numbers of channels
+
+// weight[m, d, tap] lies at data[m*stride_m + d*stride_d + tap.r*stride_r + tap.s*stride_s]; T may be const.
+template <class T>
+struct WeightView {
+  T* data;
+  int64_t stride_m, stride_d, stride_r, stride_s;
+  int64_t R, S;
+
+  int64_t offset(const Tap& tap) const { return tap.r * stride_r + tap.s * stride_s; }
+  bool taps_side_by_side() const { return (S == 1 || stride_s == 1) && (R == 1 || stride_r == S); }
+};
+
+// Channels cut into panels of whole vectors: columns [first, first + count) of M, `width` with the padding.
+struct Panel {
+  int64_t first, count, width;
+};
+template <class A>
+class PanelCuts {
+ public:
+  explicit PanelCuts(int64_t M) : M_(M), vectors_(ceil_div(M, kLanes<A>), kPanelVectors) {}
+  int64_t count() const { return vectors_.count; }
+  int64_t padded() const { return vectors_.size * kLanes<A>; }
+  Panel operator[](int64_t panel) const {
+    const int64_t first = vectors_.begin(panel) * kLanes<A>, width = vectors_.length(panel) * kLanes<A>;
+    return {first, std::min(width, M_ - first), width};
+  }
+
+ private:
+  int64_t M_;
+  Pieces vectors_;
+};
+
+// Calls run(from, row, count): `count` weights side by side from each of the panel's columns, `from` being column 0's,
+// are terms row[0], row[1], ... of channels [d_begin, d_begin + d_count), in the order (tap, channel); -1: none of
+// them.
+template <class T, class Run>
+void for_each_run(const WeightView<T>& weight, const std::vector<Tap>& taps, int64_t d_begin, int64_t d_count,
+                  const Run& run) {
+  std::vector<int64_t> row;
+  T* first = weight.data + d_begin * weight.stride_d;
+  if (weight.taps_side_by_side() && weight.R * weight.S > 1) {
+    const int64_t positions = weight.R * weight.S;
+    const int64_t channels = weight.stride_d == positions ? d_count : 1;  // of a run
+    for (int64_t d = 0; d < d_count; d += channels) {
+      row.assign(channels * positions, -1);
+      for (size_t t = 0; t < taps.size(); ++t) {
+        for (int64_t i = 0; i < channels; ++i) {
+          row[i * positions + taps[t].r * weight.S + taps[t].s] = int64_t(t) * d_count + d + i;
+        }
+      }
+      run(first + d * weight.stride_d, row.data(), channels * positions);
+    }
+  } else {
+    const int64_t channels = weight.stride_d == 1 ? d_count : 1;
+    for (size_t t = 0; t < taps.size(); ++t) {
+      for (int64_t d = 0; d < d_count; d += channels) {
+        row.resize(channels);
+        std::iota(row.begin(), row.end(), int64_t(t) * d_count + d);
+        run(first + weight.offset(taps[t]) + d * weight.stride_d, row.data(), channels);
+      }
+    }
+  }
+}
+
+// packed[l][j] = weight[first + j, d, tap] for l = t*d_count + d - d_begin, 0 for the padding; packed (terms, width)
+template <class T>
+void pack_weight(const WeightView<const T>& weight, const Panel& panel, const std::vector<Tap>& taps, int64_t d_begin,
+                 int64_t d_count, Accumulate<T>* packed) {
+  using A = Accumulate<T>;
+  constexpr int64_t L = kLanes<A>;
+  const WeightView<const T> view = {weight.data + panel.first * weight.stride_m,
+                                    weight.stride_m,
+                                    weight.stride_d,
+                                    weight.stride_r,
+                                    weight.stride_s,
+                                    weight.R,
+                                    weight.S};
+  if (weight.stride_m == 1) {  // the columns are side by side
+    for (const Tap& tap : taps) {
+      for (int64_t d = d_begin; d < d_begin + d_count; ++d, packed += panel.width) {
+        const T* from = view.data + d * view.stride_d + view.offset(tap);
+        for (int64_t j = 0; j < panel.width; j += L) {
+          store_vector(packed + j, load_as<A>(from + j, std::clamp<int64_t>(panel.count - j, 0, L)));
+        }
+      }
+    }
+    return;
+  }
+  for_each_run(view, taps, d_begin, d_count, [&](const T* from, const int64_t* row, int64_t count) {
+    for (int64_t j = 0; j < panel.width; j += L) {
+      const int64_t columns = std::clamp<int64_t>(panel.count - j, 0, L);
+      for (int64_t q = 0; q < count; q += L) {
+        Vector<A> block[L] = {};
+        const int64_t lanes = std::min(L, count - q);
+        for (int64_t i = 0; i < columns; ++i) block[i] = load_as<A>(from + (j + i) * view.stride_m + q, lanes);
+        transpose<A>(block);
+        for (int64_t i = 0; i < lanes; ++i) {
+          if (row[q + i] >= 0) store_vector(packed + row[q + i] * panel.width + j, block[i]);
+        }
+      }
+    }
+  });
+}
+
+// The way back, for all channels: weight[first + j, d, tap] = sums[t*D + d][j]
+template <class T>
+void unpack_weight(const Accumulate<T>* sums, const Panel& panel, const std::vector<Tap>& taps, int64_t D,
+                   const WeightView<T>& weight) {
+  using A = Accumulate<T>;
+  constexpr int64_t L = kLanes<A>;
+  const WeightView<T> view = {weight.data + panel.first * weight.stride_m,
+                              weight.stride_m,
+                              weight.stride_d,
+                              weight.stride_r,
+                              weight.stride_s,
+                              weight.R,
+                              weight.S};
+  for_each_run(view, taps, 0, D, [&](T* to, const int64_t* row, int64_t count) {
+    for (int64_t j = 0; j < panel.count; j += L) {
+      for (int64_t q = 0; q < count; q += L) {
+        Vector<A> block[L] = {};
+        const int64_t lanes = std::min(L, count - q);
+        for (int64_t i = 0; i < lanes; ++i) block[i] = load_vector(sums + row[q + i] * panel.width + j);
+        transpose<A>(block);
+        for (int64_t i = 0; i < std::min(L, panel.count - j); ++i) {
+          store_as<A>(to + (j + i) * view.stride_m + q, lanes, block[i]);
+        }
+      }
+    }
+  });
+}
+
+// sums[m][j] += sum over l of data[row[m] + depth[l]] * columns[l][j], for vectors of columns that one tile takes
+template <class A>
+void multiply(int64_t row_count, const A* data, const int64_t* row, const std::vector<int64_t>& depth, const A* columns,
+              int64_t width, A* sums) {
+  const int64_t vectors = width / kLanes<A>, rows = tile_rows(int(vectors));
+  for (int64_t m = 0; m < row_count; m += rows) {
+    const auto tile = indirect_tile<A>(std::min(rows, row_count - m), vectors);
+    tile(int64_t(depth.size()), Indirect<A>{data, row + m, depth.data()}, columns, width, sums + m * width, width);
+  }
+}
+
+}  // namespace dlkernels
