@@ -154,4 +154,46 @@ void multiply(int64_t row_count, const A* data, const int64_t* row, const std::v
   }
 }
 
+// ---- writing pixels ------------------------------------------------------------------------------
+
+// Where pixel x of the block lies in the target's memory.
+template <class T>
+void target_of_pixels(const Strided4d<T>& target, const Block& block, std::vector<T*>& pixels) {
+  pixels.clear();
+  for (int64_t n = 0; n < block.images; ++n) {
+    for (int64_t i = 0; i < block.rows; ++i) {
+      T* row = &target.at(block.n + n, 0, block.i + i, block.j);
+      for (int64_t j = 0; j < block.columns; ++j) pixels.push_back(row + j * target.stride_w);
+    }
+  }
+}
+
+// pixels[x][(first + j)*stride_c] = sums[x][j] for j < panel.count
+template <class T>
+void write_pixels(const Accumulate<T>* sums, const Panel& panel, const std::vector<T*>& pixels, int64_t stride_c) {
+  using A = Accumulate<T>;
+  constexpr int64_t L = kLanes<A>;
+  const int64_t pixel_count = pixels.size();
+  for (int64_t x = 0; x < pixel_count;) {
+    int64_t run = 1;  // pixels side by side
+    while (run < L && x + run < pixel_count && pixels[x + run] == pixels[x] + run) ++run;
+    T* to = pixels[x] + panel.first * stride_c;
+    const A* from = sums + x * panel.width;
+    for (int64_t j = 0; j < panel.count; j += L) {
+      const int64_t lanes = std::min(L, panel.count - j);
+      if (stride_c == 1) {
+        store_as<A>(to + j, lanes, load_vector(from + j));
+      } else if (run == 1) {
+        for (int64_t i = j; i < j + lanes; ++i) to[i * stride_c] = store<T>(from[i]);
+      } else {
+        Vector<A> block[L] = {};
+        for (int64_t i = 0; i < run; ++i) block[i] = load_vector(from + i * panel.width + j);
+        transpose<A>(block);
+        for (int64_t i = 0; i < lanes; ++i) store_as<A>(to + (j + i) * stride_c, run, block[i]);
+      }
+    }
+    x += stride_c == 1 ? 1 : run;
+  }
+}
+
 }  // namespace dlkernels
