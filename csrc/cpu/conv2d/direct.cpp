@@ -48,7 +48,23 @@ std::vector<TermBlock> cut_terms(const Gather<T>& gather, const Slab<T>& slab) {
     blocks.push_back({cuts.begin(b), cuts.length(b), {}});
     slab.offsets_of_terms(cuts.begin(b), cuts.length(b), blocks.back().offsets);
   }
+  if (blocks.empty()) blocks.push_back({});  // a sum of nothing is the bias
   return blocks;
+}
+
+// Where the sums of the block's pixels are made, rows[x]: in the target where a panel is all there and lies there side
+// by side (true), else in `sums` (pixels, width).
+template <class T, class A>
+bool rows_of_sums(const std::vector<T*>& places, const Panel& channels, int64_t stride_c, A* sums,
+                  std::vector<A*>& rows) {
+  if constexpr (std::is_same_v<T, A>) {
+    if (stride_c == 1 && channels.count == channels.width) {
+      for (size_t x = 0; x < places.size(); ++x) rows[x] = places[x] + channels.first;
+      return true;
+    }
+  }
+  for (size_t x = 0; x < places.size(); ++x) rows[x] = sums + int64_t(x) * channels.width;
+  return false;
 }
 
 // target[n, g*M + m, i, j] = bias[g*M + m] + sum over d, tap of weight[g*M + m, d, tap] * gathered source; weight_of(g)
@@ -84,35 +100,37 @@ void gather_and_multiply(const Gather<T>& gather, int64_t G, int64_t M, const We
   const Pieces splits(panels.count(), ceil_div(panels.count(), ceil_div(kEnoughTasks, G * blocks)));
   const int64_t products = slab.most_pixels() * splits.most() * kPanelVectors * kLanes<A> * depth;
   parallel_for(G * blocks * splits.count, grain_of(products), [&](int64_t begin, int64_t end) {
-    Scratch<A> pixels(slab.size()), sums(slab.most_pixels() * kPanelVectors * kLanes<A>);
+    Scratch<A> memory(slab.size()), sums(slab.most_pixels() * kPanelVectors * kLanes<A>);
     Scratch<A> own_weight(shared ? 0 : std::max<int64_t>(kBlockTerms, gather.taps.size()) * kPanelVectors * kLanes<A>);
+    A start[kPanelVectors * kLanes<A>];
     std::vector<int64_t> offsets;
     std::vector<T*> places;
+    std::vector<A*> rows(slab.most_pixels());
     for (int64_t task = begin; task < end; ++task) {
       const int64_t split = task % splits.count, g = task / splits.count / blocks;
       const Block block = slab.block(task / splits.count % blocks);
-      slab.fill(g, block, pixels.data());
+      const int64_t pixels = block.pixels();
+      const A* source = slab.gather(g, block, memory.data());
       slab.offsets_of_pixels(block, offsets);
       target_of_pixels(target, block, places);
       for (int64_t p = splits.begin(split); p < splits.begin(split + 1); ++p) {
         const Panel panel = panels[p];
+        const Panel channels = {g * M + panel.first, panel.count, panel.width};
         for (int64_t j = 0; j < panel.width; ++j) {
-          const bool has_bias = bias != nullptr && j < panel.count;
-          sums.data()[j] = has_bias ? load(bias[(g * M + panel.first + j) * bias_stride]) : A(0);
+          start[j] = bias != nullptr && j < panel.count ? load(bias[(channels.first + j) * bias_stride]) : A(0);
         }
-        for (int64_t x = 1; x < block.pixels(); ++x) {
-          std::copy_n(sums.data(), panel.width, sums.data() + x * panel.width);
-        }
+        const bool in_place = rows_of_sums(places, channels, target.stride_c, sums.data(), rows);
         const A* columns = packed.data() + (g * panels.padded() + panel.first) * depth;
         for (const TermBlock& term : terms) {
           if (!shared) {
             pack_weight(weight_of(g), panel, gather.taps, term.d, term.count, own_weight.data());
             columns = own_weight.data();
           }
-          multiply(block.pixels(), pixels.data(), offsets.data(), term.offsets, columns, panel.width, sums.data());
+          multiply(pixels, source, offsets.data(), term.offsets, columns, panel.width, panel.width,
+                   &term == terms.data() ? start : nullptr, rows.data());
           columns += term.offsets.size() * panel.width;
         }
-        write_pixels(sums.data(), {g * M + panel.first, panel.count, panel.width}, places, target.stride_c);
+        if (!in_place) write_pixels(sums.data(), channels, places, target.stride_c);
       }
     }
   });
@@ -151,12 +169,27 @@ Gather<T> gather_grad(const Conv2dShape& shape, const Strided4d<const T>& grad, 
   return gather;
 }
 
-// columns[x][j] = grad[pixel x of the block, g*M + first + j], 0 for the padding
+// A matrix in memory, rows `stride` apart.
+template <class A>
+struct Columns {
+  const A* data;
+  int64_t stride;
+};
+
+// columns[x][j] = grad[pixel x of the block, channel + j], 0 for the padding: packed into `columns`, or grad itself
+// where it is such a matrix
 template <class T>
-void pack_grad(const Strided4d<const T>& grad, int64_t channel, const Panel& panel, const Block& block,
-               Accumulate<T>* columns) {
-  if (panel.count < panel.width) std::fill_n(columns, block.pixels() * panel.width, Accumulate<T>(0));
+Columns<Accumulate<T>> grad_columns(const Strided4d<const T>& grad, int64_t channel, const Panel& panel,
+                                    const Block& block, Accumulate<T>* columns) {
+  const Columns<Accumulate<T>> packed = {columns, panel.width};
   const bool rows_join = block.rows == 1 || grad.stride_h == block.columns * grad.stride_w;
+  const bool images_join = block.images == 1 || grad.stride_n == block.rows * block.columns * grad.stride_w;
+  if constexpr (std::is_same_v<T, Accumulate<T>>) {
+    if (grad.stride_c == 1 && rows_join && images_join && panel.count == panel.width) {
+      return {&grad.at(block.n, channel, block.i, block.j), grad.stride_w};
+    }
+  }
+  if (panel.count < panel.width) std::fill_n(columns, block.pixels() * panel.width, Accumulate<T>(0));
   const int64_t run = rows_join ? block.rows * block.columns : block.columns;
   for (int64_t n = 0; n < block.images; ++n) {
     for (int64_t i = 0; i < block.rows; i += run / block.columns) {
@@ -165,6 +198,7 @@ void pack_grad(const Strided4d<const T>& grad, int64_t channel, const Panel& pan
       columns += run * panel.width;
     }
   }
+  return packed;
 }
 
 }  // namespace
@@ -229,19 +263,22 @@ void Direct::grad_weight(const Conv2dShape& shape, Strided4d<const T> grad, Stri
   };
   const int64_t products = blocks / chunks * slab.most_pixels() * terms * most_width;
   parallel_for(tasks * chunks, grain_of(products), [&](int64_t begin, int64_t end) {
-    Scratch<A> pixels(slab.size()), columns(slab.most_pixels() * most_width);
+    Scratch<A> memory(slab.size()), columns(slab.most_pixels() * most_width);
     std::vector<int64_t> offsets;
+    std::vector<A*> rows(terms);
     for (int64_t index = begin; index < end; ++index) {
       const int64_t task = index / chunks, chunk = index % chunks, g = task / panels.count();
       const Panel panel = panels[task % panels.count()];
       A* sums = sums_of(task, chunk);
       std::fill_n(sums, terms * panel.width, A(0));
+      for (int64_t l = 0; l < terms; ++l) rows[l] = sums + l * panel.width;
       for (int64_t b = blocks * chunk / chunks; b < blocks * (chunk + 1) / chunks; ++b) {
         const Block block = slab.block(b);
-        slab.fill(g, block, pixels.data());
+        const A* source = slab.gather(g, block, memory.data());
         slab.offsets_of_pixels(block, offsets);
-        pack_grad(grad, g * M + panel.first, panel, block, columns.data());
-        multiply(terms, pixels.data(), depth.data(), offsets, columns.data(), panel.width, sums);
+        const auto of_grad = grad_columns(grad, g * M + panel.first, panel, block, columns.data());
+        multiply<A>(terms, source, depth.data(), offsets, of_grad.data, of_grad.stride, panel.width, nullptr,
+                    rows.data());
       }
     }
   });

@@ -113,9 +113,12 @@ struct SlabAxis {
   int64_t of_pixel(int64_t i) const { return i * step / slot_step; }
   int64_t of_tap(int64_t position) const { return (position - first) / slot_step; }
   int64_t source(int64_t begin, int64_t slot) const { return begin * step + first + slot * slot_step; }
+  // whether `pixels` pixels read only positions that a source of `size` has
+  bool inside(int64_t pixels, int64_t size) const { return first >= 0 && (pixels - 1) * step + last < size; }
 };
 
-// The source as blocks of the grid read it.
+// The source as blocks of the grid read it: gathered into memory of its own, or, where nothing has to be padded,
+// converted or moved, the source itself.
 template <class T>
 class Slab {
  public:
@@ -128,10 +131,16 @@ class Slab {
         columns(gather.J, most_columns()),
         rows(gather.I, most_rows()),
         images(gather.N, rows.count > 1 ? 1 : most_images()),
-        width_(columns_.slots(columns.most())),
-        height_(rows_.slots(rows.most())) {}
+        in_place_(std::is_same_v<T, A> && gather.source.stride_c == 1 && rows_.inside(gather.I, gather.H) &&
+                  columns_.inside(gather.J, gather.W)) {
+    const Strided4d<const T>& source = gather.source;
+    stride_w_ = in_place_ ? columns_.slot_step * source.stride_w : gather.D;
+    stride_h_ = in_place_ ? rows_.slot_step * source.stride_h : columns_.slots(columns.most()) * stride_w_;
+    stride_n_ = in_place_ ? source.stride_n : rows_.slots(rows.most()) * stride_h_;
+  }
 
-  int64_t size() const { return images.most() * height_ * width_ * gather_.D; }
+  // of the memory that `gather` needs
+  int64_t size() const { return in_place_ ? 0 : images.most() * stride_n_; }
   int64_t blocks() const { return images.count * rows.count * columns.count; }
   int64_t most_pixels() const { return images.most() * rows.most() * columns.most(); }
 
@@ -141,7 +150,35 @@ class Slab {
     return {images.begin(n), rows.begin(i), columns.begin(j), images.length(n), rows.length(i), columns.length(j)};
   }
 
-  // slab (images, height, width, D) of group g
+  // The block's slab of group g: slab[x + l] is what pixel x reads through term l.
+  const A* gather(int64_t g, const Block& block, A* memory) const {
+    if constexpr (std::is_same_v<T, A>) {
+      if (in_place_) {
+        return &gather_.source.at(block.n, g * gather_.D, rows_.source(block.i, 0), columns_.source(block.j, 0));
+      }
+    }
+    fill(g, block, memory);
+    return memory;
+  }
+  void offsets_of_pixels(const Block& block, std::vector<int64_t>& offsets) const {
+    offsets.clear();
+    for (int64_t n = 0; n < block.images; ++n) {
+      for (int64_t i = 0; i < block.rows; ++i) {
+        const int64_t row = n * stride_n_ + rows_.of_pixel(i) * stride_h_;
+        for (int64_t j = 0; j < block.columns; ++j) offsets.push_back(row + columns_.of_pixel(j) * stride_w_);
+      }
+    }
+  }
+  // of channels [d, d + count) at every tap
+  void offsets_of_terms(int64_t d, int64_t count, std::vector<int64_t>& offsets) const {
+    for (const Tap& tap : gather_.taps) {
+      const int64_t first = rows_.of_tap(tap.h) * stride_h_ + columns_.of_tap(tap.w) * stride_w_ + d;
+      for (int64_t i = 0; i < count; ++i) offsets.push_back(first + i);
+    }
+  }
+
+ private:
+  // slab (images, height, width, D) of group g, zero outside the source
   void fill(int64_t g, const Block& block, A* slab) const {
     const int64_t slots = columns_.slots(block.columns), D = gather_.D;
     const int64_t w = columns_.source(block.j, 0), step = columns_.slot_step;
@@ -149,7 +186,7 @@ class Slab {
     const int64_t end = gather_.W > w ? std::clamp(ceil_div(gather_.W - w, step), begin, slots) : begin;
     for (int64_t n = 0; n < block.images; ++n) {
       for (int64_t row = 0; row < rows_.slots(block.rows); ++row) {
-        A* to = slab + (n * height_ + row) * width_ * D;
+        A* to = slab + n * stride_n_ + row * stride_h_;
         const int64_t h = rows_.source(block.i, row);
         const int64_t first = h < 0 || h >= gather_.H ? slots : begin, last = std::max(first, end);
         std::fill(to, to + first * D, A(0));
@@ -162,26 +199,6 @@ class Slab {
     }
   }
 
-  // Where pixel x of the block reads through the first term, and how far off that term l reads: slab[x + l].
-  void offsets_of_pixels(const Block& block, std::vector<int64_t>& offsets) const {
-    offsets.clear();
-    for (int64_t n = 0; n < block.images; ++n) {
-      for (int64_t i = 0; i < block.rows; ++i) {
-        for (int64_t j = 0; j < block.columns; ++j) {
-          offsets.push_back(((n * height_ + rows_.of_pixel(i)) * width_ + columns_.of_pixel(j)) * gather_.D);
-        }
-      }
-    }
-  }
-  // of channels [d, d + count) at every tap
-  void offsets_of_terms(int64_t d, int64_t count, std::vector<int64_t>& offsets) const {
-    for (const Tap& tap : gather_.taps) {
-      const int64_t first = (rows_.of_tap(tap.h) * width_ + columns_.of_tap(tap.w)) * gather_.D + d;
-      for (int64_t i = 0; i < count; ++i) offsets.push_back(first + i);
-    }
-  }
-
- private:
   int64_t elements() const { return kSlabBytes / int64_t(sizeof(A)); }
   int64_t most_columns() const {
     const int64_t fit = elements() / std::max<int64_t>(1, rows_.slots(1) * gather_.D);
@@ -204,7 +221,8 @@ class Slab {
   Pieces columns, rows, images;  // in this order: each is cut so that what the others leave room for fits
 
  private:
-  int64_t width_, height_;
+  bool in_place_;
+  int64_t stride_n_, stride_h_, stride_w_;  // of slots
 };
 
 }  // namespace dlkernels
