@@ -5,12 +5,13 @@
 
 #include "../pool.h"
 #include "direct.h"
+#include "pointwise.h"
 
 namespace dlkernels {
 namespace {
 
 // In the order that `conv2d_by` counts them in.
-enum class Strategy { kDirect, kCount };
+enum class Strategy { kDirect, kPointwise, kCount };
 
 template <class Run>
 void with_strategy(Strategy strategy, const Run& run) {
@@ -18,11 +19,16 @@ void with_strategy(Strategy strategy, const Run& run) {
     case Strategy::kCount:
     case Strategy::kDirect:
       return run(Direct{});
+    case Strategy::kPointwise:
+      return run(Pointwise{});
   }
 }
 
 // The one chooser: by shape and memory format, never by thread count or alignment, so that the bits stay the same.
-Strategy choose(const Conv2dShape&, bool /*channels_last*/) { return Strategy::kDirect; }
+Strategy choose(const Conv2dShape& shape, bool channels_last) {
+  if (Pointwise::can(shape) && !channels_last) return Strategy::kPointwise;
+  return Strategy::kDirect;
+}
 
 struct CpuConv2d : CpuKernels {
   explicit CpuConv2d(const torch::stable::Tensor& input, Strategy forced = Strategy::kCount)

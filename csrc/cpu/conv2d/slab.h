@@ -1,4 +1,4 @@
-// Images as the strategies read and write them: blocks of pixels, gathered into a slab whose channels lie side by side.
+// Images as the strategies read them: blocks of pixels, gathered into a slab that is padded with zeros.
 #pragma once
 
 #include <algorithm>
@@ -47,8 +47,9 @@ template <class T>
 void copy_pixels(const T* from, int64_t stride_x, int64_t stride_c, int64_t pixels, int64_t channels, Accumulate<T>* to,
                  int64_t to_stride) {
   constexpr int64_t kFewChannels = 6;  // are copied faster one by one than by transposes of sixteen
-  if (stride_c == 1 || channels == 1) {
-    if (stride_x == channels && to_stride == channels) return copy_run(from, pixels * channels, to);
+  if (channels == to_stride && channels == stride_x && (stride_c == 1 || channels == 1)) {
+    copy_run(from, pixels * channels, to);
+  } else if (stride_c == 1 && channels > 1) {
     for (int64_t x = 0; x < pixels; ++x) copy_run(from + x * stride_x, channels, to + x * to_stride);
   } else if (stride_x == 1 && channels > kFewChannels) {
     copy_transposed(from, stride_c, pixels, channels, to, to_stride);
@@ -132,11 +133,18 @@ class Slab {
         rows(gather.I, most_rows()),
         images(gather.N, rows.count > 1 ? 1 : most_images()),
         in_place_(std::is_same_v<T, A> && gather.source.stride_c == 1 && rows_.inside(gather.I, gather.H) &&
-                  columns_.inside(gather.J, gather.W)) {
+                  columns_.inside(gather.J, gather.W)),
+        planes_(gather.taps.size() == 1 && gather.source.stride_c != 1 && gather.source.stride_w == 1) {
     const Strided4d<const T>& source = gather.source;
-    stride_w_ = in_place_ ? columns_.slot_step * source.stride_w : gather.D;
-    stride_h_ = in_place_ ? rows_.slot_step * source.stride_h : columns_.slots(columns.most()) * stride_w_;
-    stride_n_ = in_place_ ? source.stride_n : rows_.slots(rows.most()) * stride_h_;
+    const int64_t width = columns_.slots(columns.most()), height = rows_.slots(rows.most());
+    if (in_place_) {
+      stride_c_ = 1, stride_w_ = columns_.slot_step * source.stride_w;
+      stride_h_ = rows_.slot_step * source.stride_h, stride_n_ = source.stride_n;
+    } else if (planes_) {
+      stride_c_ = odd_lines(height * width), stride_w_ = 1, stride_h_ = width, stride_n_ = gather.D * stride_c_;
+    } else {
+      stride_c_ = 1, stride_w_ = gather.D, stride_h_ = width * gather.D, stride_n_ = height * stride_h_;
+    }
   }
 
   // of the memory that `gather` needs
@@ -172,29 +180,40 @@ class Slab {
   // of channels [d, d + count) at every tap
   void offsets_of_terms(int64_t d, int64_t count, std::vector<int64_t>& offsets) const {
     for (const Tap& tap : gather_.taps) {
-      const int64_t first = rows_.of_tap(tap.h) * stride_h_ + columns_.of_tap(tap.w) * stride_w_ + d;
-      for (int64_t i = 0; i < count; ++i) offsets.push_back(first + i);
+      const int64_t first = rows_.of_tap(tap.h) * stride_h_ + columns_.of_tap(tap.w) * stride_w_;
+      for (int64_t i = d; i < d + count; ++i) offsets.push_back(first + i * stride_c_);
     }
   }
 
  private:
-  // slab (images, height, width, D) of group g, zero outside the source
+  // `count` elements in whole cache lines, an odd number of them: one line of many such planes fills the first cache
+  // evenly, where a power of two would meet in one of its sets.
+  static int64_t odd_lines(int64_t count) {
+    constexpr int64_t kLine = 64 / sizeof(A);
+    return (ceil_div(count, kLine) | 1) * kLine;
+  }
+
+  // slab (images, height, width, D), or (images, D, height, width) as planes, of group g, zero outside the source
   void fill(int64_t g, const Block& block, A* slab) const {
-    const int64_t slots = columns_.slots(block.columns), D = gather_.D;
-    const int64_t w = columns_.source(block.j, 0), step = columns_.slot_step;
+    const int64_t slots = columns_.slots(block.columns), step = columns_.slot_step;
+    const int64_t w = columns_.source(block.j, 0);
     const int64_t begin = std::clamp(ceil_div(std::max<int64_t>(-w, 0), step), int64_t(0), slots);
     const int64_t end = gather_.W > w ? std::clamp(ceil_div(gather_.W - w, step), begin, slots) : begin;
+    const int64_t planes = planes_ ? gather_.D : 1, channels = planes_ ? 1 : gather_.D;
     for (int64_t n = 0; n < block.images; ++n) {
-      for (int64_t row = 0; row < rows_.slots(block.rows); ++row) {
-        A* to = slab + n * stride_n_ + row * stride_h_;
-        const int64_t h = rows_.source(block.i, row);
-        const int64_t first = h < 0 || h >= gather_.H ? slots : begin, last = std::max(first, end);
-        std::fill(to, to + first * D, A(0));
-        if (first < last) {
-          copy_pixels(&gather_.source.at(block.n + n, g * D, h, w + first * step), step * gather_.source.stride_w,
-                      gather_.source.stride_c, last - first, D, to + first * D, D);
+      for (int64_t plane = 0; plane < planes; ++plane) {
+        for (int64_t row = 0; row < rows_.slots(block.rows); ++row) {
+          A* to = slab + n * stride_n_ + plane * stride_c_ + row * stride_h_;
+          const int64_t h = rows_.source(block.i, row);
+          const int64_t first = h < 0 || h >= gather_.H ? slots : begin, last = std::max(first, end);
+          std::fill(to, to + first * stride_w_, A(0));
+          if (first < last) {
+            copy_pixels(&gather_.source.at(block.n + n, g * gather_.D + plane, h, w + first * step),
+                        step * gather_.source.stride_w, gather_.source.stride_c, last - first, channels,
+                        to + first * stride_w_, stride_w_);
+          }
+          std::fill(to + last * stride_w_, to + slots * stride_w_, A(0));
         }
-        std::fill(to + last * D, to + slots * D, A(0));
       }
     }
   }
@@ -221,8 +240,8 @@ class Slab {
   Pieces columns, rows, images;  // in this order: each is cut so that what the others leave room for fits
 
  private:
-  bool in_place_;
-  int64_t stride_n_, stride_h_, stride_w_;  // of slots
+  bool in_place_, planes_;
+  int64_t stride_n_, stride_c_, stride_h_, stride_w_;  // of channels and slots
 };
 
 }  // namespace dlkernels
