@@ -313,7 +313,7 @@ void conv2d_direct(const Conv2dShape& shape, Strided4d<const T> input, Strided4d
 
 template <class T>
 void conv2d_direct_grad_input(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> weight,
-                              Strided4d<T> grad_input) {
+                              const T* bias, int64_t bias_stride, Strided4d<T> grad_input) {
   if (shape.N == 0 || shape.C == 0) return;
   const int64_t M = shape.C / shape.G, D = shape.K / shape.G;
   for (int64_t phase_h = 0; phase_h < std::min(shape.stride_h, shape.H); ++phase_h) {
@@ -324,7 +324,7 @@ void conv2d_direct_grad_input(const Conv2dShape& shape, Strided4d<const T> grad,
       gather_and_multiply(
           gather_grad(shape, grad, phase_h, phase_w), shape.G, M,
           [&](int64_t g, int64_t m, int64_t d, const Tap& tap) { return load(weight.at(g * D + d, m, tap.r, tap.s)); },
-          [](int64_t) { return Accumulate<T>(0); }, pixels_of_phase);
+          [&](int64_t c) { return bias == nullptr ? Accumulate<T>(0) : load(bias[c * bias_stride]); }, pixels_of_phase);
     }
   }
 }
@@ -414,7 +414,8 @@ void conv2d_direct_grad_bias(const Conv2dShape& shape, Strided4d<const T> grad, 
 #define DLKERNELS_INSTANTIATE(T)                                                                                     \
   template void conv2d_direct(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, const T*, int64_t,         \
                               Strided4d<T>);                                                                         \
-  template void conv2d_direct_grad_input(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, Strided4d<T>);  \
+  template void conv2d_direct_grad_input(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, const T*,       \
+                                         int64_t, Strided4d<T>);                                                     \
   template void conv2d_direct_grad_weight(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, Strided4d<T>); \
   template void conv2d_direct_grad_bias(const Conv2dShape&, Strided4d<const T>, T*);
 DLKERNELS_INSTANTIATE(double)
