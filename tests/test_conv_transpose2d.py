@@ -638,7 +638,7 @@ def test_state_dicts_interchange():
 def decoder(conv):
     torch.manual_seed(3)
     return nn.Sequential(
-        conv(4, 8, 3), nn.ReLU(), conv(8, 6, (2, 3), stride=2, padding=(1, 0), output_padding=(1, 0), groups=2)
+        conv(4, 8, 2), nn.ReLU(), conv(8, 6, (2, 1), stride=2, padding=(1, 0), output_padding=(1, 0), groups=2)
     )
 
 
