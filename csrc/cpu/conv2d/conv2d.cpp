@@ -1,4 +1,4 @@
-// conv2d on the CPU: which strategy runs, and the operators' registration.
+// conv2d and conv_transpose2d on the CPU: which strategy runs, and the operators' registration.
 #include "../../conv2d.h"
 
 #include <utility>
@@ -40,9 +40,10 @@ struct CpuConv2d : CpuKernels {
     run(shape, output, [&](auto strategy) { strategy.forward(shape, input, weight, bias, bias_stride, output); });
   }
   template <class T>
-  void grad_input(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> weight,
-                  Strided4d<T> grad_input) const {
-    run(shape, grad_input, [&](auto strategy) { strategy.grad_input(shape, grad, weight, grad_input); });
+  void grad_input(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> weight, const T* bias,
+                  int64_t bias_stride, Strided4d<T> grad_input) const {
+    run(shape, grad_input,
+        [&](auto strategy) { strategy.grad_input(shape, grad, weight, bias, bias_stride, grad_input); });
   }
   template <class T>
   void grad_weight(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> input,
@@ -108,6 +109,8 @@ Gradients conv2d_backward_by(int64_t strategy, const Tensor& grad, const Tensor&
 STABLE_TORCH_LIBRARY_IMPL(dlkernels, CPU, library) {
   library.impl("conv2d", TORCH_BOX((&conv2d<CpuConv2d, Tensor>)));
   library.impl("conv2d_backward", TORCH_BOX((&conv2d_backward<CpuConv2d, Tensor>)));
+  library.impl("conv_transpose2d", TORCH_BOX((&conv_transpose2d<CpuConv2d, Tensor>)));
+  library.impl("conv_transpose2d_backward", TORCH_BOX((&conv_transpose2d_backward<CpuConv2d, Tensor>)));
   library.impl("conv2d_by", TORCH_BOX(&conv2d_by));
   library.impl("conv2d_backward_by", TORCH_BOX(&conv2d_backward_by));
 }

@@ -219,11 +219,10 @@ void Direct::forward(const Conv2dShape& shape, Strided4d<const T> input, Strided
 }
 
 template <class T>
-void Direct::grad_input(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> weight,
-                        Strided4d<T> grad_input) {
+void Direct::grad_input(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> weight, const T* bias,
+                        int64_t bias_stride, Strided4d<T> grad_input) {
   if (shape.N == 0 || shape.C == 0) return;
   const int64_t M = shape.C / shape.G, D = shape.K / shape.G;
-  const T* no_bias = nullptr;
   for (int64_t phase_h = 0; phase_h < std::min(shape.stride_h, shape.H); ++phase_h) {
     for (int64_t phase_w = 0; phase_w < std::min(shape.stride_w, shape.W); ++phase_w) {
       const Strided4d<T> pixels_of_phase = {&grad_input.at(0, 0, phase_h, phase_w), grad_input.stride_n,
@@ -235,7 +234,7 @@ void Direct::grad_input(const Conv2dShape& shape, Strided4d<const T> grad, Strid
             return WeightView<const T>{weight.at(g * D, 0), weight.stride_c, weight.stride_n, weight.stride_h,
                                        weight.stride_w,     shape.R,         shape.S};
           },
-          no_bias, 0, pixels_of_phase);
+          bias, bias_stride, pixels_of_phase);
     }
   }
 }
@@ -341,11 +340,12 @@ void conv2d_grad_bias(const Conv2dShape& shape, Strided4d<const T> grad, T* grad
   });
 }
 
-#define DLKERNELS_INSTANTIATE(T)                                                                               \
-  template void Direct::forward(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, const T*, int64_t, \
-                                Strided4d<T>);                                                                 \
-  template void Direct::grad_input(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, Strided4d<T>);  \
-  template void Direct::grad_weight(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, Strided4d<T>); \
+#define DLKERNELS_INSTANTIATE(T)                                                                                  \
+  template void Direct::forward(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, const T*, int64_t,    \
+                                Strided4d<T>);                                                                    \
+  template void Direct::grad_input(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, const T*, int64_t, \
+                                   Strided4d<T>);                                                                 \
+  template void Direct::grad_weight(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, Strided4d<T>);    \
   template void conv2d_grad_bias(const Conv2dShape&, Strided4d<const T>, T*);
 DLKERNELS_INSTANTIATE(double)
 DLKERNELS_INSTANTIATE(float)

@@ -191,10 +191,10 @@ void Pointwise::forward(const Conv2dShape& shape, Strided4d<const T> input, Stri
   multiply_pixels(shape.N * shape.P * shape.Q, shape.G, M, D, source, matrix, bias, bias_stride, target);
 }
 
-// Pixels that no output reads have no gradient.
+// Pixels that no output reads have no gradient but the bias.
 template <class T>
-void Pointwise::grad_input(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> weight,
-                           Strided4d<T> grad_input) {
+void Pointwise::grad_input(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> weight, const T* bias,
+                           int64_t bias_stride, Strided4d<T> grad_input) {
   const int64_t M = shape.C / shape.G, D = shape.K / shape.G;
   if (shape.N == 0 || shape.C == 0) return;
   if (shape.P < shape.H || shape.Q < shape.W) {
@@ -202,7 +202,8 @@ void Pointwise::grad_input(const Conv2dShape& shape, Strided4d<const T> grad, St
       for (int64_t plane = begin; plane < end; ++plane) {
         for (int64_t h = 0; h < shape.H; ++h) {
           T* row = &grad_input.at(plane / shape.C, plane % shape.C, h, 0);
-          for (int64_t w = 0; w < shape.W; ++w) row[w * grad_input.stride_w] = T{};
+          const T value = bias != nullptr ? bias[plane % shape.C * bias_stride] : T{};
+          for (int64_t w = 0; w < shape.W; ++w) row[w * grad_input.stride_w] = value;
         }
       }
     });
@@ -210,8 +211,7 @@ void Pointwise::grad_input(const Conv2dShape& shape, Strided4d<const T> grad, St
   const Pixels<const T> source = {grad, shape.P, shape.Q, 1, 1};
   const Pixels<T> target = {grad_input, shape.P, shape.Q, shape.stride_h, shape.stride_w};
   const Matrix<T> matrix = {weight.data, D * weight.stride_n, weight.stride_c, weight.stride_n};
-  const T* no_bias = nullptr;
-  multiply_pixels(shape.N * shape.P * shape.Q, shape.G, M, D, source, matrix, no_bias, 0, target);
+  multiply_pixels(shape.N * shape.P * shape.Q, shape.G, M, D, source, matrix, bias, bias_stride, target);
 }
 
 template <class T>
@@ -220,10 +220,11 @@ void Pointwise::grad_weight(const Conv2dShape& shape, Strided4d<const T> grad, S
   Direct::grad_weight(shape, grad, input, grad_weight);
 }
 
-#define DLKERNELS_INSTANTIATE(T)                                                                                  \
-  template void Pointwise::forward(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, const T*, int64_t, \
-                                   Strided4d<T>);                                                                 \
-  template void Pointwise::grad_input(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, Strided4d<T>);  \
+#define DLKERNELS_INSTANTIATE(T)                                                                                     \
+  template void Pointwise::forward(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, const T*, int64_t,    \
+                                   Strided4d<T>);                                                                    \
+  template void Pointwise::grad_input(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, const T*, int64_t, \
+                                      Strided4d<T>);                                                                 \
   template void Pointwise::grad_weight(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, Strided4d<T>);
 DLKERNELS_INSTANTIATE(double)
 DLKERNELS_INSTANTIATE(float)

@@ -19,8 +19,8 @@ struct Pointwise {
   static void forward(const Conv2dShape& shape, Strided4d<const T> input, Strided4d<const T> weight, const T* bias,
                       int64_t bias_stride, Strided4d<T> output);
   template <class T>
-  static void grad_input(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> weight,
-                         Strided4d<T> grad_input);
+  static void grad_input(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> weight, const T* bias,
+                         int64_t bias_stride, Strided4d<T> grad_input);
   template <class T>
   static void grad_weight(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> input,
                           Strided4d<T> grad_weight);
