@@ -4,13 +4,14 @@
 #include <utility>
 
 #include "../pool.h"
+#include "depthwise.h"
 #include "direct.h"
 
 namespace dlkernels {
 namespace {
 
 // In the order that `conv2d_by` counts them in.
-enum class Strategy { kDirect, kCount };
+enum class Strategy { kDirect, kDepthwise, kCount };
 
 template <class Run>
 void with_strategy(Strategy strategy, const Run& run) {
@@ -18,11 +19,16 @@ void with_strategy(Strategy strategy, const Run& run) {
     case Strategy::kCount:
     case Strategy::kDirect:
       return run(Direct{});
+    case Strategy::kDepthwise:
+      return run(Depthwise{});
   }
 }
 
 // The one chooser: by shape and memory format, never by thread count or alignment, so that the bits stay the same.
-Strategy choose(const Conv2dShape&, bool /*channels_last*/) { return Strategy::kDirect; }
+Strategy choose(const Conv2dShape& shape, bool /*channels_last*/) {
+  if (Depthwise::can(shape)) return Strategy::kDepthwise;
+  return Strategy::kDirect;
+}
 
 struct CpuConv2d : CpuKernels {
   explicit CpuConv2d(const torch::stable::Tensor& input, Strategy forced = Strategy::kCount)
