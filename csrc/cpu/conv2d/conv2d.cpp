@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "../pool.h"
+#include "depthwise.h"
 #include "direct.h"
 #include "pointwise.h"
 
@@ -11,7 +12,7 @@ namespace dlkernels {
 namespace {
 
 // In the order that `conv2d_by` counts them in.
-enum class Strategy { kDirect, kPointwise, kCount };
+enum class Strategy { kDirect, kPointwise, kDepthwise, kCount };
 
 template <class Run>
 void with_strategy(Strategy strategy, const Run& run) {
@@ -21,11 +22,14 @@ void with_strategy(Strategy strategy, const Run& run) {
       return run(Direct{});
     case Strategy::kPointwise:
       return run(Pointwise{});
+    case Strategy::kDepthwise:
+      return run(Depthwise{});
   }
 }
 
 // The one chooser: by shape and memory format, never by thread count or alignment, so that the bits stay the same.
 Strategy choose(const Conv2dShape& shape, bool channels_last) {
+  if (Depthwise::can(shape)) return Strategy::kDepthwise;
   if (Pointwise::can(shape) && !channels_last) return Strategy::kPointwise;
   return Strategy::kDirect;
 }
