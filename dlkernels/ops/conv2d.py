@@ -263,34 +263,33 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
         >>> dlkernels.conv2d(images, kernels, padding=1).shape
         torch.Size([8, 16, 32, 32])
     """
-    name = current_backend()
-    if name == "torch":
-        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    arguments = (input, weight, bias, stride, padding, dilation, groups)
+    run = _CONV2D[current_backend()]
     if torch.compiler.is_compiling():
-        return _run(name, input, weight, bias, stride, padding, dilation, groups)
+        return run(*arguments)
     try:
-        return _run(name, input, weight, bias, stride, padding, dilation, groups)
+        return run(*arguments)
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-        problem = explain(
-            error,
-            "conv2d",
-            (input, weight, bias),
-            lambda: F.conv2d(input, weight, bias, stride, padding, dilation, groups),
-        )
+        problem = explain(error, "conv2d", arguments[:3], lambda: F.conv2d(*arguments))
     raise problem from None
 
 
-def _run(name, input, weight, bias, stride, padding, dilation, groups):
+def _with_kernels(input, weight, bias, stride, padding, dilation, groups):
     if isinstance(groups, bool):
         raise TypeError("conv2d: groups must be an int, got a bool")
     input, weight, bias = cast((input, weight, bias), autocast_dtype(input.device.type))
-    if name == "reference":
-        return _reference_conv2d(input, weight, bias, stride, padding, dilation, groups)
     stride, dilation = _pair(stride), _pair(dilation)
     padding = _four_sides(padding, weight, stride, dilation)
     if input.dim() == 3:
         return _conv2d(input.unsqueeze(0), weight, bias, stride, padding, dilation, groups).squeeze(0)
     return _conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+
+def _by_definition(input, weight, bias, *geometry):
+    return _reference_conv2d(*cast((input, weight, bias), autocast_dtype(input.device.type)), *geometry)
+
+
+_CONV2D = {"native": _with_kernels, "reference": _by_definition, "torch": F.conv2d}
 
 
 def _pair(value):
@@ -351,28 +350,35 @@ def conv_transpose2d(input, weight, bias=None, stride=1, padding=0, output_paddi
         torch.Size([8, 3, 14, 14])
     """
     arguments = (input, weight, bias, stride, padding, output_padding, groups, dilation)
-    name = current_backend()
-    if name == "torch":
-        return F.conv_transpose2d(*arguments)
+    run = _CONV_TRANSPOSE2D[current_backend()]
     if torch.compiler.is_compiling():
-        return _run_transposed(name, *arguments)
+        return run(*arguments)
     try:
-        return _run_transposed(name, *arguments)
+        return run(*arguments)
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-        problem = explain(error, "conv_transpose2d", (input, weight, bias), lambda: F.conv_transpose2d(*arguments))
+        problem = explain(error, "conv_transpose2d", arguments[:3], lambda: F.conv_transpose2d(*arguments))
     raise problem from None
 
 
-def _run_transposed(name, input, weight, bias, stride, padding, output_padding, groups, dilation):
+def _transposed_with_kernels(input, weight, bias, stride, padding, output_padding, groups, dilation):
     if isinstance(groups, bool):
         raise TypeError("conv_transpose2d: groups must be an int, got a bool")
     input, weight, bias = cast((input, weight, bias), autocast_dtype(input.device.type))
-    if name == "reference":
-        return _reference_conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
     steps = _pair(stride), _pair(padding), _pair(output_padding), _pair(dilation)
     if input.dim() == 3:
         return _conv_transpose2d(input.unsqueeze(0), weight, bias, *steps, groups).squeeze(0)
     return _conv_transpose2d(input, weight, bias, *steps, groups)
+
+
+def _transposed_by_definition(input, weight, bias, *geometry):
+    return _reference_conv_transpose2d(*cast((input, weight, bias), autocast_dtype(input.device.type)), *geometry)
+
+
+_CONV_TRANSPOSE2D = {
+    "native": _transposed_with_kernels,
+    "reference": _transposed_by_definition,
+    "torch": F.conv_transpose2d,
+}
 
 
 class Conv2d(nn.Conv2d):
