@@ -15,6 +15,7 @@
 #include "direct.h"
 
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "../parallel.h"
@@ -27,6 +28,7 @@ namespace {
 // ---- tuning constants ----------------------------------------------------------------------------
 
 constexpr int64_t kBlockTerms = 288;        // summed before a sum goes to memory: 32 channels of a 3 x 3 kernel
+constexpr int64_t kGradTerms = 640;         // of a task's part of grad_weight, which stays in the second cache
 constexpr int64_t kEnoughTasks = 8;         // for a handful of threads to share the work evenly
 constexpr int64_t kTaskProducts = 1 << 17;  // multiply-adds (some 2 us) below which a second thread does not pay
 
@@ -110,7 +112,7 @@ void gather_and_multiply(const Gather<T>& gather, int64_t G, int64_t M, const We
       const int64_t split = task % splits.count, g = task / splits.count / blocks;
       const Block block = slab.block(task / splits.count % blocks);
       const int64_t pixels = block.pixels();
-      const A* source = slab.gather(g, block, memory.data());
+      const A* source = slab.gather(g * gather.D, block, memory.data());
       slab.offsets_of_pixels(block, offsets);
       target_of_pixels(target, block, places);
       for (int64_t p = splits.begin(split); p < splits.begin(split + 1); ++p) {
@@ -239,66 +241,107 @@ void Direct::grad_input(const Conv2dShape& shape, Strided4d<const T> grad, Strid
   }
 }
 
-// Tasks own a panel of one group's grad_weight, and one of `chunks` stretches of pixels where there would be too few
-// tasks otherwise; the chunks' sums are then added in order.
+// Channels [first, first + gather.D) of each group at every tap: the rows of a task's part of grad_weight.
+template <class T>
+struct GradPart {
+  int64_t first;
+  Gather<T> gather;
+  Slab<T> slab;
+  std::vector<int64_t> terms;
+
+  GradPart(int64_t first, int64_t D, Gather<T> all) : first(first), gather(with_depth(all, D)), slab(gather) {
+    slab.offsets_of_terms(0, D, terms);
+  }
+  GradPart(const GradPart&) = delete;
+
+ private:
+  static Gather<T> with_depth(Gather<T> gather, int64_t D) {
+    gather.D = D;
+    return gather;
+  }
+};
+
+// Tasks own some channels of a panel of one group's grad_weight, and one of `chunks` stretches of pixels where there
+// would be too few tasks otherwise; the chunks' sums are then added in order.
 template <class T>
 void Direct::grad_weight(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> input,
                          Strided4d<T> grad_weight) {
   if (shape.C == 0) return;
   using A = Accumulate<T>;
   const Gather<T> gather = gather_input(shape, input);
-  const Slab<T> slab(gather);
-  const int64_t M = shape.K / shape.G, D = gather.D, terms = gather.terms();
-  std::vector<int64_t> depth;
-  slab.offsets_of_terms(0, D, depth);
+  const int64_t M = shape.K / shape.G;
+  const Pieces cuts(gather.D, kGradTerms / int64_t(gather.taps.size()));
+  std::vector<std::unique_ptr<GradPart<T>>> parts;
+  for (int64_t i = 0; i < cuts.count; ++i) {
+    parts.push_back(std::make_unique<GradPart<T>>(cuts.begin(i), cuts.length(i), gather));
+  }
   const PanelCuts<A> panels(M);
   const int64_t most_width = std::min<int64_t>(kPanelVectors * kLanes<A>, panels.padded());
-  const int64_t blocks = slab.blocks(), tasks = shape.G * panels.count();
+  const int64_t most_terms = cuts.most() * int64_t(gather.taps.size());
+  const int64_t tasks = shape.G * panels.count() * cuts.count;
+  int64_t blocks = parts[0]->slab.blocks();
+  for (const auto& part : parts) blocks = std::min(blocks, part->slab.blocks());
   const int64_t chunks = std::clamp(ceil_div(kEnoughTasks, tasks), int64_t(1), std::max<int64_t>(1, blocks));
-
-  Scratch<A> partial(tasks * chunks * terms * most_width);
-  const auto sums_of = [&](int64_t task, int64_t chunk) {
-    return partial.data() + (task * chunks + chunk) * terms * most_width;
+  struct Task {
+    const GradPart<T>& part;
+    Panel panel;
+    int64_t g;
   };
-  const int64_t products = blocks / chunks * slab.most_pixels() * terms * most_width;
+  const auto task_of = [&](int64_t task) {
+    return Task{*parts[task % cuts.count], panels[task / cuts.count % panels.count()],
+                task / cuts.count / panels.count()};
+  };
+  const auto finish = [&](const Task& task, const A* sums) {
+    const WeightView<T> view = {grad_weight.at(task.g * M, task.part.first),
+                                grad_weight.stride_n,
+                                grad_weight.stride_c,
+                                grad_weight.stride_h,
+                                grad_weight.stride_w,
+                                shape.R,
+                                shape.S};
+    unpack_weight(sums, task.panel, gather.taps, task.part.gather.D, view);
+  };
+
+  Scratch<A> partial(chunks > 1 ? tasks * chunks * most_terms * most_width : 0);
+  const int64_t products = ceil_div(shape.N * shape.P * shape.Q, chunks) * most_terms * most_width;
   parallel_for(tasks * chunks, grain_of(products), [&](int64_t begin, int64_t end) {
-    Scratch<A> memory(slab.size()), columns(slab.most_pixels() * most_width);
+    int64_t most_memory = 0, most_pixels = 0;
+    for (const auto& part : parts) {
+      most_memory = std::max(most_memory, part->slab.size());
+      most_pixels = std::max(most_pixels, part->slab.most_pixels());
+    }
+    Scratch<A> memory(most_memory), columns(most_pixels * most_width), own(chunks > 1 ? 0 : most_terms * most_width);
+    const A zeros[kPanelVectors * kLanes<A>] = {};
     std::vector<int64_t> offsets;
-    std::vector<A*> rows(terms);
+    std::vector<A*> rows(most_terms);
     for (int64_t index = begin; index < end; ++index) {
-      const int64_t task = index / chunks, chunk = index % chunks, g = task / panels.count();
-      const Panel panel = panels[task % panels.count()];
-      A* sums = sums_of(task, chunk);
-      std::fill_n(sums, terms * panel.width, A(0));
-      for (int64_t l = 0; l < terms; ++l) rows[l] = sums + l * panel.width;
-      for (int64_t b = blocks * chunk / chunks; b < blocks * (chunk + 1) / chunks; ++b) {
-        const Block block = slab.block(b);
-        const A* source = slab.gather(g, block, memory.data());
-        slab.offsets_of_pixels(block, offsets);
-        const auto of_grad = grad_columns(grad, g * M + panel.first, panel, block, columns.data());
-        multiply<A>(terms, source, depth.data(), offsets, of_grad.data, of_grad.stride, panel.width, nullptr,
-                    rows.data());
+      const Task task = task_of(index / chunks);
+      const int64_t terms = task.part.terms.size(), width = task.panel.width, chunk = index % chunks;
+      A* sums = chunks > 1 ? partial.data() + index * most_terms * most_width : own.data();
+      for (int64_t l = 0; l < terms; ++l) rows[l] = sums + l * width;
+      if (blocks == 0) std::fill_n(sums, terms * width, A(0));
+      const int64_t blocks_of_part = task.part.slab.blocks(), first = blocks_of_part * chunk / chunks;
+      for (int64_t b = first; b < blocks_of_part * (chunk + 1) / chunks; ++b) {
+        const Block block = task.part.slab.block(b);
+        const A* source = task.part.slab.gather(task.g * gather.D + task.part.first, block, memory.data());
+        task.part.slab.offsets_of_pixels(block, offsets);
+        const auto of_grad = grad_columns(grad, task.g * M + task.panel.first, task.panel, block, columns.data());
+        multiply(terms, source, task.part.terms.data(), offsets, of_grad.data, of_grad.stride, width,
+                 b == first ? zeros : nullptr, rows.data());
       }
+      if (chunks == 1) finish(task, sums);
     }
   });
-
-  parallel_for(tasks, grain_of(terms * most_width * chunks), [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t g = task / panels.count();
-      const Panel panel = panels[task % panels.count()];
-      A* sums = sums_of(task, 0);
+  if (chunks == 1) return;
+  parallel_for(tasks, grain_of(most_terms * most_width * chunks), [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) {
+      const Task task = task_of(index);
+      A* sums = partial.data() + index * chunks * most_terms * most_width;
       for (int64_t chunk = 1; chunk < chunks; ++chunk) {
-        const A* more = sums_of(task, chunk);
-        for (int64_t i = 0; i < terms * panel.width; ++i) sums[i] += more[i];
+        const A* more = sums + chunk * most_terms * most_width;
+        for (int64_t i = 0; i < int64_t(task.part.terms.size()) * task.panel.width; ++i) sums[i] += more[i];
       }
-      const WeightView<T> view = {grad_weight.at(g * M, 0),
-                                  grad_weight.stride_n,
-                                  grad_weight.stride_c,
-                                  grad_weight.stride_h,
-                                  grad_weight.stride_w,
-                                  shape.R,
-                                  shape.S};
-      unpack_weight(sums, panel, gather.taps, D, view);
+      finish(task, sums);
     }
   });
 }

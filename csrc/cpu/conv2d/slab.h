@@ -158,14 +158,14 @@ class Slab {
     return {images.begin(n), rows.begin(i), columns.begin(j), images.length(n), rows.length(i), columns.length(j)};
   }
 
-  // The block's slab of group g: slab[x + l] is what pixel x reads through term l.
-  const A* gather(int64_t g, const Block& block, A* memory) const {
+  // The block's slab of channels [channel, channel + D): slab[x + l] is what pixel x reads through term l.
+  const A* gather(int64_t channel, const Block& block, A* memory) const {
     if constexpr (std::is_same_v<T, A>) {
       if (in_place_) {
-        return &gather_.source.at(block.n, g * gather_.D, rows_.source(block.i, 0), columns_.source(block.j, 0));
+        return &gather_.source.at(block.n, channel, rows_.source(block.i, 0), columns_.source(block.j, 0));
       }
     }
-    fill(g, block, memory);
+    fill(channel, block, memory);
     return memory;
   }
   void offsets_of_pixels(const Block& block, std::vector<int64_t>& offsets) const {
@@ -193,8 +193,8 @@ class Slab {
     return (ceil_div(count, kLine) | 1) * kLine;
   }
 
-  // slab (images, height, width, D), or (images, D, height, width) as planes, of group g, zero outside the source
-  void fill(int64_t g, const Block& block, A* slab) const {
+  // slab (images, height, width, D), or (images, D, height, width) as planes, zero outside the source
+  void fill(int64_t channel, const Block& block, A* slab) const {
     const int64_t slots = columns_.slots(block.columns), step = columns_.slot_step;
     const int64_t w = columns_.source(block.j, 0);
     const int64_t begin = std::clamp(ceil_div(std::max<int64_t>(-w, 0), step), int64_t(0), slots);
@@ -208,7 +208,7 @@ class Slab {
           const int64_t first = h < 0 || h >= gather_.H ? slots : begin, last = std::max(first, end);
           std::fill(to, to + first * stride_w_, A(0));
           if (first < last) {
-            copy_pixels(&gather_.source.at(block.n + n, g * gather_.D + plane, h, w + first * step),
+            copy_pixels(&gather_.source.at(block.n + n, channel + plane, h, w + first * step),
                         step * gather_.source.stride_w, gather_.source.stride_c, last - first, channels,
                         to + first * stride_w_, stride_w_);
           }
