@@ -5,12 +5,13 @@
 
 #include "../pool.h"
 #include "direct.h"
+#include "winograd.h"
 
 namespace dlkernels {
 namespace {
 
 // In the order that `conv2d_by` counts them in.
-enum class Strategy { kDirect, kCount };
+enum class Strategy { kDirect, kWinograd, kCount };
 
 template <class Run>
 void with_strategy(Strategy strategy, const Run& run) {
@@ -18,6 +19,8 @@ void with_strategy(Strategy strategy, const Run& run) {
     case Strategy::kCount:
     case Strategy::kDirect:
       return run(Direct{});
+    case Strategy::kWinograd:
+      return run(Winograd{});
   }
 }
 
