@@ -44,6 +44,7 @@ namespace {
 constexpr int kPositions = 16;
 constexpr int64_t kBlockChannels = 64;      // summed before a sum goes to memory; also bounds the rounding errors
 constexpr int64_t kBlockTiles = 48;         // of a task: 16 positions of 64 channels are 196 KB, as many are the sums
+constexpr int64_t kFewTiles = 256;
 constexpr int64_t kEnoughTasks = 8;         // for a handful of threads to share the work evenly
 constexpr int64_t kTaskProducts = 1 << 17;  // multiply-adds (some 2 us) below which a second thread does not pay
 constexpr int64_t kSkew = 16;  // floats between the positions: else all 16 would compete for one set of the first cache
@@ -365,25 +366,31 @@ bool convolve(const Strided4d<const T>& source, int64_t H, int64_t W, int64_t D,
   const ChannelBlocks channels(D);
   const int64_t most_width = std::min<int64_t>(kPanelVectors * kFloats, panels.padded());
 
-  // weights: a panel is [position][channel][column]
+  // Weights of a panel are [position][channel][column]. Few tiles: each task packs its own, which stay in its cache; one
+  // core reads slowly what another has just written. Many tiles: they are packed before, once for all tasks.
+  const bool own = tiling.count() <= kFewTiles;
   const auto weight_position = [&](const Panel& panel) { return D * panel.width + kSkew; };
   const auto weight_offset = [&](int64_t g, const Panel& panel) {
     return kPositions * (g * panels.padded() + panel.first) / kFloats * (D * kFloats + kSkew);
   };
-  Scratch<float> weights(kPositions * G * panels.padded() / kFloats * (D * kFloats + kSkew));
   constexpr int64_t kPackedChannels = 16;
   const Pieces packs(D, kPackedChannels);
-  parallel_for(G * panels.count() * packs.count, grain_of(kPackedChannels * most_width * kPositions),
-               [&](int64_t begin, int64_t end) {
-                 Scratch<float> packed(9 * kPackedChannels * most_width);
-                 for (int64_t task = begin; task < end; ++task) {
-                   const int64_t pack = task % packs.count, g = task / packs.count / panels.count();
-                   const Panel panel = panels[task / packs.count % panels.count()];
-                   float* to = weights.data() + weight_offset(g, panel) + packs.begin(pack) * panel.width;
-                   transform_weight(weight_of(g), panel, taps, packs.begin(pack), packs.length(pack),
-                                    weight_position(panel), to, packed);
-                 }
-               });
+  const auto pack = [&](int64_t g, const Panel& panel, int64_t pack, float* weights, Scratch<float>& packed) {
+    transform_weight(weight_of(g), panel, taps, packs.begin(pack), packs.length(pack), weight_position(panel),
+                     weights + packs.begin(pack) * panel.width, packed);
+  };
+  Scratch<float> weights(own ? 0 : weight_offset(G, panels[0]));
+  if (!own) {
+    parallel_for(G * panels.count() * packs.count, grain_of(kPackedChannels * most_width * kPositions),
+                 [&](int64_t begin, int64_t end) {
+                   Scratch<float> packed(9 * kPackedChannels * most_width);
+                   for (int64_t task = begin; task < end; ++task) {
+                     const int64_t g = task / packs.count / panels.count();
+                     const Panel panel = panels[task / packs.count % panels.count()];
+                     pack(g, panel, task % packs.count, weights.data() + weight_offset(g, panel), packed);
+                   }
+                 });
+  }
 
   const int64_t tile_group = tile_rows(kPanelVectors), groups = ceil_div(tiling.count(), tile_group);
   const int64_t enough = ceil_div(kEnoughTasks, G * panels.count());
@@ -405,15 +412,22 @@ bool convolve(const Strided4d<const T>& source, int64_t H, int64_t W, int64_t D,
     Tiles<4, T> tiles(source, H, W, tiling);
     Targets<T> targets(target, P, Q, tiling);
     std::vector<int64_t> row(most_tiles);
-    int64_t last = -1;
+    Scratch<float> own_weights(own ? kPositions * (D * most_width + kSkew) : 0), packed(own ? 9 * kPackedChannels * most_width : 0);
+    int64_t last_block = -1, last_panel = -1;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t g = task / panels.count() / blocks.count, b = task / panels.count() % blocks.count;
-      const Panel panel = panels[task % panels.count()];
+      const int64_t g = task / panels.count() / blocks.count, rest = task % (panels.count() * blocks.count);
+      const int64_t b = own ? rest % blocks.count : rest / panels.count(), p = own ? rest / blocks.count : rest % panels.count();
+      const Panel panel = panels[p];
+      const float* weights_of_panel = own ? own_weights.data() : weights.data() + weight_offset(g, panel);
+      if (own && g * panels.count() + p != last_panel) {
+        last_panel = g * panels.count() + p;
+        for (int64_t i = 0; i < packs.count; ++i) pack(g, panel, i, own_weights.data(), packed);
+      }
       const int64_t first = blocks.begin(b) * tile_group;
       const int64_t count = std::min(blocks.length(b) * tile_group, tiling.count() - first);
       const auto tiles_position = [&](int64_t d) { return count * channels.pitch(d) + kSkew; };
-      if (task / panels.count() != last) {
-        last = task / panels.count();
+      if (g * blocks.count + b != last_block) {
+        last_block = g * blocks.count + b;
         for (int64_t d = 0; d < channels.count(); ++d) {
           tiles.read(g * D + channels.first(d), channels.length(d), first, first + count);
           transform_tiles<InputTransform>(tiles, count, channels.length(d), channels.pitch(d), tiles_position(d),
@@ -427,7 +441,7 @@ bool convolve(const Strided4d<const T>& source, int64_t H, int64_t W, int64_t D,
         for (int64_t d = 0; d < channels.count(); ++d) {
           for (int64_t t = 0; t < count; ++t) row[t] = t * channels.pitch(d);
           multiply(count, transformed.data() + d * block_size + x * tiles_position(d), row.data(), depth[d],
-                   weights.data() + weight_offset(g, panel) + x * weight_position(panel) + channels.first(d) * panel.width,
+                   weights_of_panel + x * weight_position(panel) + channels.first(d) * panel.width,
                    panel.width, sum);
         }
       }
