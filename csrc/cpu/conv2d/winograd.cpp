@@ -459,6 +459,100 @@ bool convolve(const Strided4d<const T>& source, int64_t H, int64_t W, int64_t D,
   return finite;
 }
 
+// grad_weight[k, c, r, s] = sum over n, p, q of grad[n, k, p, q] * input[n, c, p + r - pad_top, q + s - pad_left].
+// Tasks own a block of input channels, a panel of output channels and one of `chunks` stretches of tiles; the chunks'
+// sums are then added in order. Whether all results are finite.
+template <class T>
+bool correlate(const Conv2dShape& shape, const Strided4d<const T>& grad, const Strided4d<const T>& input,
+               const Strided4d<T>& grad_weight) {
+  const int64_t M = shape.K / shape.G, D = shape.C / shape.G;
+  const int64_t I = ceil_div(shape.P, 2), J = ceil_div(shape.Q, 2);
+  const Tiling input_tiling = {shape.N, I, J, shape.pad_top, shape.pad_left}, grad_tiling = {shape.N, I, J, 0, 0};
+  const PanelCuts<float> panels(M);
+  const ChannelBlocks channels(D);
+  const Pieces blocks(grad_tiling.count(), kBlockTiles);
+  const int64_t most_width = std::min<int64_t>(kPanelVectors * kFloats, panels.padded());
+  const int64_t tasks = shape.G * panels.count() * channels.count();
+  const int64_t chunks = std::clamp(ceil_div(kEnoughTasks, tasks), int64_t(1), std::max<int64_t>(1, blocks.count));
+
+  // sums of a task and chunk are [position][channel][column]
+  const int64_t sums_position = std::min(kBlockChannels, channels.padded()) * most_width + kSkew;
+  const int64_t sums_size = kPositions * sums_position;
+  Scratch<float> partial(tasks * chunks * sums_size);
+  parallel_for(tasks * chunks, grain_of(blocks.count / chunks * kBlockTiles * sums_size),
+               [&](int64_t begin, int64_t end) {
+    Scratch<float> inputs(kPositions * (blocks.most() * kBlockChannels + kSkew));
+    Scratch<float> grads(kPositions * (blocks.most() * most_width + kSkew));
+    Tiles<4, T> input_tiles(input, shape.H, shape.W, input_tiling);
+    Tiles<2, T> grad_tiles(grad, shape.P, shape.Q, grad_tiling);
+    std::vector<int64_t> row(kBlockChannels), depth;
+    std::iota(row.begin(), row.end(), 0);
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t task = index / chunks, chunk = index % chunks;
+      const int64_t d = task % channels.count(), p = task / channels.count() % panels.count();
+      const int64_t g = task / channels.count() / panels.count(), pitch = channels.pitch(d);
+      const Panel panel = panels[p];
+      float* sums = partial.data() + index * sums_size;
+      std::fill_n(sums, sums_size, 0.0f);
+      for (int64_t b = blocks.count * chunk / chunks; b < blocks.count * (chunk + 1) / chunks; ++b) {
+        const int64_t first = blocks.begin(b), count = blocks.length(b);
+        const int64_t input_position = count * pitch + kSkew, grad_position = count * panel.width + kSkew;
+        input_tiles.read(g * D + channels.first(d), channels.length(d), first, first + count);
+        transform_tiles<InputTransform>(input_tiles, count, channels.length(d), pitch, input_position, inputs.data());
+        grad_tiles.read(g * M + panel.first, panel.count, first, first + count);
+        transform_tiles<GradTransform>(grad_tiles, count, panel.count, panel.width, grad_position, grads.data());
+        depth.resize(count);
+        for (int64_t t = 0; t < count; ++t) depth[t] = t * pitch;
+        for (int x = 0; x < kPositions; ++x) {
+          multiply(channels.length(d), inputs.data() + x * input_position, row.data(), depth,
+                   grads.data() + x * grad_position, panel.width, sums + x * sums_position);
+        }
+      }
+    }
+  });
+
+  // the kernels of a group and panel are [tap][channel][column]
+  const int64_t taps_size = 9 * D * most_width;
+  Scratch<float> kernels(shape.G * panels.count() * taps_size);
+  std::atomic<bool> finite = true;
+  parallel_for(tasks, grain_of(chunks * sums_size), [&](int64_t begin, int64_t end) {
+    Floats poison = {};
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t d = task % channels.count();
+      const Panel panel = panels[task / channels.count() % panels.count()];
+      float* to = kernels.data() + task / channels.count() * taps_size + channels.first(d) * panel.width;
+      for (int64_t i = 0; i < channels.length(d) * panel.width; i += kFloats) {
+        Floats u[kPositions], g[9];
+        for (int x = 0; x < kPositions; ++x) {
+          const float* from = partial.data() + task * chunks * sums_size + x * sums_position + i;
+          u[x] = load_vector(from);
+          for (int64_t chunk = 1; chunk < chunks; ++chunk) u[x] += load_vector(from + chunk * sums_size);
+        }
+        transform_2d<SumsTransform, 4, 3>(u, g);
+        for (int t = 0; t < 9; ++t) {
+          poison += 0.0f * g[t];
+          store_vector(to + t * D * panel.width + i, g[t]);
+        }
+      }
+    }
+    if (sum_of_lanes<float>(poison) != 0) finite = false;
+  });
+
+  parallel_for(shape.G * panels.count(), grain_of(taps_size), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const WeightView<T> view = {grad_weight.at(i / panels.count() * M, 0),
+                                  grad_weight.stride_n,
+                                  grad_weight.stride_c,
+                                  grad_weight.stride_h,
+                                  grad_weight.stride_w,
+                                  3,
+                                  3};
+      unpack_weight(kernels.data() + i * taps_size, panels[i % panels.count()], taps_of_kernel(false), D, view);
+    }
+  });
+  return finite;
+}
+
 }  // namespace
 
 // ---- entry points --------------------------------------------------------------------------------
@@ -501,6 +595,9 @@ void Winograd::grad_input(const Conv2dShape& shape, Strided4d<const T> grad, Str
 template <class T>
 void Winograd::grad_weight(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> input,
                            Strided4d<T> grad_weight) {
+  if constexpr (!std::is_same_v<T, double>) {
+    if (correlate(shape, grad, input, grad_weight)) return;
+  }
   Direct::grad_weight(shape, grad, input, grad_weight);
 }
 
