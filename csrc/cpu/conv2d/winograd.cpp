@@ -353,6 +353,21 @@ bool write_tiles(const float* sums, int64_t position, int64_t tiles, const float
   return sum_of_lanes<float>(poison) == 0;
 }
 
+// kernel[tap][x] = G^T sums G for x < count; sums[position][x]. Whether all results are finite.
+bool transform_sums(const float* sums, int64_t position, int64_t count, float* kernel, int64_t tap) {
+  Floats poison = {};
+  for (int64_t i = 0; i < count; i += kFloats) {
+    Floats u[kPositions], g[9];
+    for (int x = 0; x < kPositions; ++x) u[x] = load_vector(sums + x * position + i);
+    transform_2d<SumsTransform, 4, 3>(u, g);
+    for (int t = 0; t < 9; ++t) {
+      poison += 0.0f * g[t];
+      store_vector(kernel + t * tap + i, g[t]);
+    }
+  }
+  return sum_of_lanes<float>(poison) == 0;
+}
+
 // ---- launchers -----------------------------------------------------------------------------------
 
 // target[n, g*M + m, p, q] = bias[g*M + m] + sum over d, r, s of weight_of(g)[m, d, tap (r, s)] *
@@ -475,25 +490,26 @@ bool correlate(const Conv2dShape& shape, const Strided4d<const T>& grad, const S
   const int64_t tasks = shape.G * panels.count() * channels.count();
   const int64_t chunks = std::clamp(ceil_div(kEnoughTasks, tasks), int64_t(1), std::max<int64_t>(1, blocks.count));
 
-  // sums of a task and chunk are [position][channel][column]
+  // a group's panel of one chunk is [tap][channel][column]
+  const int64_t kernel_size = 9 * D * most_width;
+  const auto kernel_of = [&](int64_t panel, int64_t chunk) { return (panel * chunks + chunk) * kernel_size; };
+  Scratch<float> kernels(shape.G * panels.count() * chunks * kernel_size);
   const int64_t sums_position = std::min(kBlockChannels, channels.padded()) * most_width + kSkew;
-  const int64_t sums_size = kPositions * sums_position;
-  Scratch<float> partial(tasks * chunks * sums_size);
-  parallel_for(tasks * chunks, grain_of(blocks.count / chunks * kBlockTiles * sums_size),
+  std::atomic<bool> finite = true;
+  parallel_for(tasks * chunks, grain_of(blocks.count / chunks * kBlockTiles * kPositions * sums_position),
                [&](int64_t begin, int64_t end) {
     Scratch<float> inputs(kPositions * (blocks.most() * kBlockChannels + kSkew));
-    Scratch<float> grads(kPositions * (blocks.most() * most_width + kSkew));
+    Scratch<float> grads(kPositions * (blocks.most() * most_width + kSkew)), sums(kPositions * sums_position);
     Tiles<4, T> input_tiles(input, shape.H, shape.W, input_tiling);
     Tiles<2, T> grad_tiles(grad, shape.P, shape.Q, grad_tiling);
     std::vector<int64_t> row(kBlockChannels), depth;
     std::iota(row.begin(), row.end(), 0);
     for (int64_t index = begin; index < end; ++index) {
-      const int64_t task = index / chunks, chunk = index % chunks;
-      const int64_t d = task % channels.count(), p = task / channels.count() % panels.count();
-      const int64_t g = task / channels.count() / panels.count(), pitch = channels.pitch(d);
+      const int64_t chunk = index % chunks, d = index / chunks % channels.count(), pitch = channels.pitch(d);
+      const int64_t g = index / chunks / channels.count() / panels.count();
+      const int64_t p = index / chunks / channels.count() % panels.count();
       const Panel panel = panels[p];
-      float* sums = partial.data() + index * sums_size;
-      std::fill_n(sums, sums_size, 0.0f);
+      std::fill_n(sums.data(), kPositions * sums_position, 0.0f);
       for (int64_t b = blocks.count * chunk / chunks; b < blocks.count * (chunk + 1) / chunks; ++b) {
         const int64_t first = blocks.begin(b), count = blocks.length(b);
         const int64_t input_position = count * pitch + kSkew, grad_position = count * panel.width + kSkew;
@@ -505,40 +521,29 @@ bool correlate(const Conv2dShape& shape, const Strided4d<const T>& grad, const S
         for (int64_t t = 0; t < count; ++t) depth[t] = t * pitch;
         for (int x = 0; x < kPositions; ++x) {
           multiply(channels.length(d), inputs.data() + x * input_position, row.data(), depth,
-                   grads.data() + x * grad_position, panel.width, sums + x * sums_position);
+                   grads.data() + x * grad_position, panel.width, sums.data() + x * sums_position);
         }
+      }
+      float* to = kernels.data() + kernel_of(g * panels.count() + p, chunk) + channels.first(d) * panel.width;
+      if (!transform_sums(sums.data(), sums_position, channels.length(d) * panel.width, to, D * panel.width)) {
+        finite = false;
       }
     }
   });
 
-  // the kernels of a group and panel are [tap][channel][column]
-  const int64_t taps_size = 9 * D * most_width;
-  Scratch<float> kernels(shape.G * panels.count() * taps_size);
-  std::atomic<bool> finite = true;
-  parallel_for(tasks, grain_of(chunks * sums_size), [&](int64_t begin, int64_t end) {
-    Floats poison = {};
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t d = task % channels.count();
-      const Panel panel = panels[task / channels.count() % panels.count()];
-      float* to = kernels.data() + task / channels.count() * taps_size + channels.first(d) * panel.width;
-      for (int64_t i = 0; i < channels.length(d) * panel.width; i += kFloats) {
-        Floats u[kPositions], g[9];
-        for (int x = 0; x < kPositions; ++x) {
-          const float* from = partial.data() + task * chunks * sums_size + x * sums_position + i;
-          u[x] = load_vector(from);
-          for (int64_t chunk = 1; chunk < chunks; ++chunk) u[x] += load_vector(from + chunk * sums_size);
-        }
-        transform_2d<SumsTransform, 4, 3>(u, g);
-        for (int t = 0; t < 9; ++t) {
-          poison += 0.0f * g[t];
-          store_vector(to + t * D * panel.width + i, g[t]);
+  if (chunks > 1) {
+    parallel_for(shape.G * panels.count() * 9, grain_of(kernel_size / 9 * chunks), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t size = D * panels[i / 9 % panels.count()].width, tap = i % 9 * size;
+        float* to = kernels.data() + kernel_of(i / 9, 0) + tap;
+        for (int64_t chunk = 1; chunk < chunks; ++chunk) {
+          const float* from = kernels.data() + kernel_of(i / 9, chunk) + tap;
+          for (int64_t x = 0; x < size; x += kFloats) store_vector(to + x, load_vector(to + x) + load_vector(from + x));
         }
       }
-    }
-    if (sum_of_lanes<float>(poison) != 0) finite = false;
-  });
-
-  parallel_for(shape.G * panels.count(), grain_of(taps_size), [&](int64_t begin, int64_t end) {
+    });
+  }
+  parallel_for(shape.G * panels.count(), grain_of(kernel_size), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const WeightView<T> view = {grad_weight.at(i / panels.count() * M, 0),
                                   grad_weight.stride_n,
@@ -547,7 +552,7 @@ bool correlate(const Conv2dShape& shape, const Strided4d<const T>& grad, const S
                                   grad_weight.stride_w,
                                   3,
                                   3};
-      unpack_weight(kernels.data() + i * taps_size, panels[i % panels.count()], taps_of_kernel(false), D, view);
+      unpack_weight(kernels.data() + kernel_of(i, 0), panels[i % panels.count()], taps_of_kernel(false), D, view);
     }
   });
   return finite;
