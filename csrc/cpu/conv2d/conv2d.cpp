@@ -7,12 +7,13 @@
 #include "depthwise.h"
 #include "direct.h"
 #include "pointwise.h"
+#include "winograd.h"
 
 namespace dlkernels {
 namespace {
 
 // In the order that `conv2d_by` counts them in.
-enum class Strategy { kDirect, kPointwise, kDepthwise, kCount };
+enum class Strategy { kDirect, kPointwise, kDepthwise, kWinograd, kCount };
 
 template <class Run>
 void with_strategy(Strategy strategy, const Run& run) {
@@ -24,6 +25,8 @@ void with_strategy(Strategy strategy, const Run& run) {
       return run(Pointwise{});
     case Strategy::kDepthwise:
       return run(Depthwise{});
+    case Strategy::kWinograd:
+      return run(Winograd{});
   }
 }
 
