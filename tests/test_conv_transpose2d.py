@@ -330,6 +330,14 @@ def test_every_subset_of_requires_grad(backend, wanted, create_graph):
     torch.testing.assert_close(ours, derivatives(F.conv_transpose2d))
 
 
+@pytest.mark.parametrize("name", ["Conv2d", "ConvTranspose2d"])
+def test_grad_fn_shows_which_operator_it_is(name):
+    output = getattr(dlkernels, name)(2, 2, 3)(torch.randn(1, 2, 4, 4, requires_grad=True))
+    assert output.grad_fn.name() == f"{name}FunctionBackward"
+    (grad,) = torch.autograd.grad(output.sum(), output.grad_fn.saved_tensors[1], create_graph=True)
+    assert grad.grad_fn.name() == f"{name}BackwardFunctionBackward"
+
+
 # ---- memory ---------------------------------------------------------------------------------------
 
 
