@@ -2,11 +2,14 @@
 #include "../../conv2d.h"
 
 #include <utility>
+#include <vector>
 
+#include "../parallel.h"
 #include "../pool.h"
 #include "depthwise.h"
 #include "direct.h"
 #include "pointwise.h"
+#include "slab.h"
 #include "winograd.h"
 
 namespace dlkernels {
@@ -50,6 +53,64 @@ Strategy choose(const Conv2dShape& shape, Pass pass, bool channels_last) {
   return Strategy::kDirect;
 }
 
+// 16-bit images, kernels and gradients as the strategies take them, in float: all of a tensor, in its own memory order.
+template <class T>
+class InFloat {
+ public:
+  InFloat(const Strided4d<T>& images, int64_t N, int64_t C, int64_t H, int64_t W)
+      : images_(images), data_(N * C * H * W) {
+    const bool channels_last = images.stride_c == 1;
+    const Ints strides = strides_4d({N, C, H, W}, channels_last);
+    view_ = {data_.data(), strides[0], strides[1], strides[2], strides[3]};
+    if (channels_last) order_ = {N, H, W, C, images.stride_h, images.stride_w, 1};
+    if (!channels_last) order_ = {N, C, H, W, images.stride_c, images.stride_h, images.stride_w};
+  }
+
+  Strided4d<const float> load() {
+    for_each_row([&](T* row, int64_t stride, float* copy, int64_t count) {
+      if (stride == 1) return copy_run(row, count, copy);
+      for (int64_t x = 0; x < count; ++x) copy[x] = dlkernels::load(row[x * stride]);
+    });
+    return {view_.data, view_.stride_n, view_.stride_c, view_.stride_h, view_.stride_w};
+  }
+  Strided4d<float> view() const { return view_; }
+  void store() const {
+    for_each_row([&](T* row, int64_t stride, const float* copy, int64_t count) {
+      for (int64_t x = 0; x < count; ++x) row[x * stride] = dlkernels::store<T>(copy[x]);
+    });
+  }
+
+ private:
+  // Images, and the three dimensions of an image in the order of the copy's memory; strides are the tensor's.
+  struct Order {
+    int64_t N, outer, middle, inner;
+    int64_t stride_outer, stride_middle, stride_inner;
+  };
+
+  template <class Run>
+  void for_each_row(const Run& run) const {
+    constexpr int64_t kTaskElements = 1 << 14;
+    const int64_t inner = order_.inner, rows = order_.N * order_.outer * order_.middle;
+    parallel_for(
+        rows, std::max<int64_t>(1, kTaskElements / std::max<int64_t>(1, inner)), [&](int64_t begin, int64_t end) {
+          for (int64_t row = begin; row < end; ++row) {
+            const int64_t middle = row % order_.middle, outer = row / order_.middle % order_.outer;
+            const int64_t n = row / order_.middle / order_.outer;
+            T* from = images_.data + n * images_.stride_n + outer * order_.stride_outer + middle * order_.stride_middle;
+            run(from, order_.stride_inner, view_.data + row * inner, inner);
+          }
+        });
+  }
+
+  Strided4d<T> images_;
+  Scratch<float> data_;
+  Strided4d<float> view_;
+  Order order_;
+};
+
+template <class T>
+constexpr bool kIs16Bit = !std::is_same_v<T, Accumulate<T>>;
+
 struct CpuConv2d : CpuKernels {
   explicit CpuConv2d(const torch::stable::Tensor& input, Strategy forced = Strategy::kCount)
       : CpuKernels(input), forced_(forced) {}
@@ -57,19 +118,45 @@ struct CpuConv2d : CpuKernels {
   template <class T>
   void forward(const Conv2dShape& shape, Strided4d<const T> input, Strided4d<const T> weight, const T* bias,
                int64_t bias_stride, Strided4d<T> output) const {
-    run(shape, Pass::kForward, output,
-        [&](auto strategy) { strategy.forward(shape, input, weight, bias, bias_stride, output); });
+    if constexpr (kIs16Bit<T>) {
+      const std::vector<float> offsets = in_float(bias, bias_stride, shape.K);
+      InFloat<const T> x(input, shape.N, shape.C, shape.H, shape.W),
+          w(weight, shape.K, shape.C / shape.G, shape.R, shape.S);
+      InFloat<T> y(output, shape.N, shape.K, shape.P, shape.Q);
+      forward(shape, x.load(), w.load(), bias == nullptr ? nullptr : offsets.data(), 1, y.view());
+      y.store();
+    } else {
+      run(shape, Pass::kForward, output,
+          [&](auto strategy) { strategy.forward(shape, input, weight, bias, bias_stride, output); });
+    }
   }
   template <class T>
   void grad_input(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> weight, const T* bias,
                   int64_t bias_stride, Strided4d<T> grad_input) const {
-    run(shape, Pass::kGradInput, grad_input,
-        [&](auto strategy) { strategy.grad_input(shape, grad, weight, bias, bias_stride, grad_input); });
+    if constexpr (kIs16Bit<T>) {
+      const std::vector<float> offsets = in_float(bias, bias_stride, shape.C);
+      InFloat<const T> dy(grad, shape.N, shape.K, shape.P, shape.Q),
+          w(weight, shape.K, shape.C / shape.G, shape.R, shape.S);
+      InFloat<T> dx(grad_input, shape.N, shape.C, shape.H, shape.W);
+      this->grad_input(shape, dy.load(), w.load(), bias == nullptr ? nullptr : offsets.data(), 1, dx.view());
+      dx.store();
+    } else {
+      run(shape, Pass::kGradInput, grad_input,
+          [&](auto strategy) { strategy.grad_input(shape, grad, weight, bias, bias_stride, grad_input); });
+    }
   }
   template <class T>
   void grad_weight(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> input,
                    Strided4d<T> grad_weight) const {
-    run(shape, Pass::kGradWeight, input, [&](auto strategy) { strategy.grad_weight(shape, grad, input, grad_weight); });
+    if constexpr (kIs16Bit<T>) {
+      InFloat<const T> dy(grad, shape.N, shape.K, shape.P, shape.Q), x(input, shape.N, shape.C, shape.H, shape.W);
+      InFloat<T> dw(grad_weight, shape.K, shape.C / shape.G, shape.R, shape.S);
+      this->grad_weight(shape, dy.load(), x.load(), dw.view());
+      dw.store();
+    } else {
+      run(shape, Pass::kGradWeight, input,
+          [&](auto strategy) { strategy.grad_weight(shape, grad, input, grad_weight); });
+    }
   }
   template <class T>
   void grad_bias(const Conv2dShape& shape, Strided4d<const T> grad, T* grad_bias) const {
@@ -77,6 +164,13 @@ struct CpuConv2d : CpuKernels {
   }
 
  private:
+  template <class T>
+  static std::vector<float> in_float(const T* bias, int64_t stride, int64_t count) {
+    std::vector<float> values(bias == nullptr ? 0 : count);
+    for (size_t i = 0; i < values.size(); ++i) values[i] = load(bias[int64_t(i) * stride]);
+    return values;
+  }
+
   template <class T, class Run>
   void run(const Conv2dShape& shape, Pass pass, const Strided4d<T>& images, const Run& run) const {
     const Strategy strategy = forced_ != Strategy::kCount ? forced_ : choose(shape, pass, images.stride_c == 1);

@@ -388,12 +388,14 @@ void conv2d_grad_bias(const Conv2dShape& shape, Strided4d<const T> grad, T* grad
                                 Strided4d<T>);                                                                    \
   template void Direct::grad_input(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, const T*, int64_t, \
                                    Strided4d<T>);                                                                 \
-  template void Direct::grad_weight(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, Strided4d<T>);    \
-  template void conv2d_grad_bias(const Conv2dShape&, Strided4d<const T>, T*);
+  template void Direct::grad_weight(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, Strided4d<T>);
 DLKERNELS_INSTANTIATE(double)
 DLKERNELS_INSTANTIATE(float)
-DLKERNELS_INSTANTIATE(BFloat16)
-DLKERNELS_INSTANTIATE(Half)
 #undef DLKERNELS_INSTANTIATE
+
+template void conv2d_grad_bias(const Conv2dShape&, Strided4d<const double>, double*);
+template void conv2d_grad_bias(const Conv2dShape&, Strided4d<const float>, float*);
+template void conv2d_grad_bias(const Conv2dShape&, Strided4d<const BFloat16>, BFloat16*);
+template void conv2d_grad_bias(const Conv2dShape&, Strided4d<const Half>, Half*);
 
 }  // namespace dlkernels

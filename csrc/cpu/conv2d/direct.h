@@ -5,7 +5,7 @@
 
 namespace dlkernels {
 
-// Every strategy has these four. T is double, float, BFloat16 or Half; bias (K) has stride bias_stride and may be null;
+// Every strategy has these four. T is double or float; bias (K) has stride bias_stride and may be null;
 // the rest is as in conv2d.h. A strategy is called only with a shape that it `can` do.
 struct Direct {
   static bool can(const Conv2dShape&) { return true; }
@@ -25,7 +25,7 @@ struct Direct {
                           Strided4d<T> grad_weight);
 };
 
-// grad (N, K, P, Q) -> grad_bias (K), contiguous; the same for every strategy
+// grad (N, K, P, Q) -> grad_bias (K), contiguous; the same for every strategy, of any floating type
 template <class T>
 void conv2d_grad_bias(const Conv2dShape& shape, Strided4d<const T> grad, T* grad_bias);
 

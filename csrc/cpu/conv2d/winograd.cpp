@@ -625,8 +625,6 @@ void Winograd::grad_weight(const Conv2dShape& shape, Strided4d<const T> grad, St
   template void Winograd::grad_weight(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, Strided4d<T>);
 DLKERNELS_INSTANTIATE(double)
 DLKERNELS_INSTANTIATE(float)
-DLKERNELS_INSTANTIATE(BFloat16)
-DLKERNELS_INSTANTIATE(Half)
 #undef DLKERNELS_INSTANTIATE
 
 }  // namespace dlkernels
