@@ -22,10 +22,10 @@ namespace {
 
 // ---- tuning constants ----------------------------------------------------------------------------
 
-constexpr int64_t kTaskWork = 1 << 18;       // multiply-adds, some 5 us, below which a second thread does not pay
+constexpr int64_t kTaskWork = 1 << 17;       // multiply-adds, 2.4 us, below which a second thread does not pay
 constexpr int64_t kStepWork = 1 << 16;       // multiply-adds of a step, below which threads that share it do not pay
 constexpr int64_t kCacheBytes = 1 << 20;     // of weights that stay in a core's cache from step to step
-constexpr int64_t kLeastSlice = 4;           // sequences of a slice: fewer use a weight too seldom once it is loaded
+constexpr int64_t kLeastSlice = 2;           // sequences of a slice: a weight must serve two once it is loaded
 constexpr int64_t kBlockRows = 128;          // rows of x, or of u, multiplied at once
 constexpr int64_t kChunkElements = 1 << 20;  // gates of a chunk of steps: 4 MiB, the workspace's bound
 constexpr int64_t kBiasRows = 128;           // summed before their sum goes on: long sums are made of short ones
@@ -80,12 +80,14 @@ struct Plan {
   bool by_columns;   // else by sequences
   int64_t grain;     // sequences of a slice, at least
   int most_vectors;  // of a panel of recurrent weights
+  int64_t sharing;   // threads that share the panels
 
   // `threads` decides on speed alone: sums do not depend on how the work is cut.
   Plan(const ResetGateRnnShape& shape, int64_t element_size) {
     const int64_t threads = thread_count(), weights = 2 * shape.H * shape.H, step = shape.B * weights;
     const bool large = weights * element_size > kCacheBytes, narrow = shape.B < kLeastSlice * threads;
     by_columns = threads > 1 && step >= kStepWork && (large || narrow);
+    sharing = by_columns ? threads : 1;
     grain = std::max(kLeastSlice, grain_of(shape.T * step));
     const int64_t slice = by_columns ? shape.B : std::max(grain, ceil_div(shape.B, threads));
     most_vectors = slice <= kFewRows ? kFewRowsVectors : kTileVectors;
@@ -106,8 +108,8 @@ struct GatePanels {
   Panels<A> r, n;
 
   template <class T>
-  GatePanels(const T* weight, int64_t H, int64_t depth, int most_vectors)
-      : r(depth, H, most_vectors), n(depth, H, most_vectors) {
+  GatePanels(const T* weight, int64_t H, int64_t depth, int most_vectors, int64_t threads = 1)
+      : r(depth, H, most_vectors, threads), n(depth, H, most_vectors, threads) {
     parallel_for(2 * r.count(), grain_of(ceil_div(H, std::max<int64_t>(1, r.count())) * depth),
                  [&](int64_t begin, int64_t end) {
                    for (int64_t i = begin; i < end; ++i) {
@@ -124,8 +126,8 @@ struct RowPanels {
   Panels<A> r, n;
 
   template <class T>
-  RowPanels(const T* weight, int64_t H, int64_t columns, int most_vectors)
-      : r(H, columns, most_vectors), n(H, columns, most_vectors) {
+  RowPanels(const T* weight, int64_t H, int64_t columns, int most_vectors, int64_t threads = 1)
+      : r(H, columns, most_vectors, threads), n(H, columns, most_vectors, threads) {
     parallel_for(H, grain_of(columns), [&](int64_t begin, int64_t end) {
       Scratch<A> row(columns);
       for (int64_t l = begin; l < end; ++l) {
@@ -153,7 +155,7 @@ class Forward {
         plan_(shape, sizeof(A)),
         Hp_(padded(shape.H, L)),
         ih_(in.weight_ih, shape.H, shape.I, kTileVectors),
-        hh_(in.weight_hh, shape.H, shape.H, plan_.most_vectors),
+        hh_(in.weight_hh, shape.H, shape.H, plan_.most_vectors, plan_.sharing),
         bias_(3 * Hp_),
         state_{Scratch<A>(shape.B * Hp_), Scratch<A>(shape.B * Hp_)},
         other_(shape.reset == Reset::output ? 0 : shape.B * Hp_) {
@@ -374,7 +376,7 @@ class Backward {
         Hp_(padded(shape.H, L)),
         Ip_(padded(shape.I, L)),
         width_((shape.reset == Reset::after ? 3 : 2) * Hp_),
-        hh_(in.weight_hh, shape.H, shape.H, plan_.most_vectors),
+        hh_(in.weight_hh, shape.H, shape.H, plan_.most_vectors, plan_.sharing),
         dh_(shape.B * Hp_),
         direct_(shape.reset == Reset::before ? shape.B * Hp_ : 0),
         weight_ih_(wanted.weight_ih == nullptr ? 0 : 2 * shape.H * Ip_),
