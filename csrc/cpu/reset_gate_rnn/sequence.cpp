@@ -78,7 +78,7 @@ int64_t grain_of(int64_t work) { return std::max<int64_t>(1, kTaskWork / std::ma
 // How the work of the steps is cut.
 struct Plan {
   bool by_columns;   // else by sequences
-  int64_t grain;     // sequences of a slice, at least
+  Ints slices;       // where slices of the sequences begin, and B
   int most_vectors;  // of a panel of recurrent weights
   int64_t sharing;   // threads that share the panels
 
@@ -88,11 +88,35 @@ struct Plan {
     const bool large = weights * element_size > kCacheBytes, narrow = shape.B < kLeastSlice * threads;
     by_columns = threads > 1 && step >= kStepWork && (large || narrow);
     sharing = by_columns ? threads : 1;
-    grain = std::max(kLeastSlice, grain_of(shape.T * step));
-    const int64_t slice = by_columns ? shape.B : std::max(grain, ceil_div(shape.B, threads));
+    const int64_t grain = std::max(kLeastSlice, grain_of(shape.T * step));
+    slices = cut(shape, by_columns ? 1 : std::min(threads, ceil_div(shape.B, grain)));
+    const int64_t slice = ceil_div(shape.B, int64_t(slices.size()) - 1);
     most_vectors = slice <= kFewRows ? kFewRowsVectors : kTileVectors;
   }
+
+ private:
+  // Slices of about the same number of rows: of packed sequences, the first are the longest.
+  static Ints cut(const ResetGateRnnShape& shape, int64_t count) {
+    Ints begins{0};
+    int64_t rows = 0, length = shape.T;
+    for (int64_t b = 0; b < shape.B; ++b) {
+      while (length > 0 && shape.rows(length - 1) <= b) --length;
+      rows += length;
+      const int64_t slice = begins.size();
+      if (slice < count && rows * count >= shape.rows() * slice) begins.push_back(b + 1);
+    }
+    begins.push_back(shape.B);
+    return begins;
+  }
 };
+
+// Calls work(b_begin, b_end) for all slices of the sequences.
+template <class Work>
+void for_slices(const Ints& slices, const Work& work) {
+  parallel_for(int64_t(slices.size()) - 1, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) work(slices[i], slices[i + 1]);
+  });
+}
 
 // Calls work(step, block) for all steps in order, blocks < `blocks`: together where the plan is by columns.
 template <class Work>
@@ -189,7 +213,7 @@ class Forward {
                     [&](int64_t i, int64_t block) { part.step(s + i / phases, int(i % phases), block); });
       }
     } else {
-      parallel_for(shape_.B, plan_.grain, [&](int64_t b_begin, int64_t b_end) {
+      for_slices(plan_.slices, [&](int64_t b_begin, int64_t b_end) {
         for (int64_t s = 0; s < shape_.T; s += length) {
           Part part(*this, s, std::min(shape_.T, s + length), b_begin, b_end);
           part.multiply_input(0, part.chunk.rows());
@@ -435,7 +459,7 @@ class Backward {
                     [&](int64_t i, int64_t block) { turn(i / phases, int(i % phases), block, 0, f.shape_.B); });
         return;
       }
-      parallel_for(f.shape_.B, f.plan_.grain, [&](int64_t b_begin, int64_t b_end) {
+      for_slices(f.plan_.slices, [&](int64_t b_begin, int64_t b_end) {
         for (int64_t i = 0; i < turns; ++i) {
           for (int64_t block = 0; block < blocks; ++block) turn(i / phases, int(i % phases), block, b_begin, b_end);
         }
