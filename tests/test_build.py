@@ -118,7 +118,12 @@ def test_backend_asks_for_torch_only_where_there_is_none(monkeypatch, found, tor
 )
 def test_kernels_under_sanitizers(operator, kernels, sanitizer, tmp_path):
     program = tmp_path / operator
-    sources = [f"tests/sanitizer/{operator}.cpp", "tests/sanitizer/parallel.cpp", f"csrc/cpu/{kernels}"]
+    sources = [
+        f"tests/sanitizer/{operator}.cpp",
+        "tests/sanitizer/parallel.cpp",
+        "csrc/cpu/blocks.cpp",
+        f"csrc/cpu/{kernels}",
+    ]
     flags = ["-std=c++20", "-O1", "-pthread", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
     subprocess.run(["g++", *flags, *sources, "-o", program], cwd=ROOT, check=True)
     result = subprocess.run([program], capture_output=True, text=True, timeout=300)

@@ -154,15 +154,16 @@ void multiply_panel(int64_t row_count, int64_t column_count, int64_t depth, cons
 }
 
 // The right operand packed: its columns, filled up with zeros to whole vectors, cut into panels of about the same
-// width, at most `most_vectors`. A panel is (depth, width) in memory.
+// width, at most `most_vectors`, their number a multiple of `threads` that share them. A panel is (depth, width) in
+// memory.
 template <class T>
 class Panels {
  public:
-  Panels(int64_t depth, int64_t columns, int most_vectors)
+  Panels(int64_t depth, int64_t columns, int most_vectors, int64_t threads = 1)
       : depth_(depth),
         columns_(columns),
         vectors_(ceil_div(columns, kLanes<T>)),
-        count_(ceil_div(vectors_, most_vectors)),
+        count_(std::min(vectors_, ceil_div(ceil_div(vectors_, most_vectors), threads) * threads)),
         few_(most_vectors > kTileVectors),
         data_(depth * vectors_ * kLanes<T>) {}
 
@@ -215,7 +216,9 @@ class Panels {
         Vector<T> block[L];
         for (int i = 0; i < L; ++i) {
           const bool inside = first + j + i < columns_;
-          block[i] = inside ? load_as<T>(matrix + (first + j + i) * stride + l, depth) : Vector<T>{};
+          const S* row = matrix + (first + j + i) * stride + l;
+          block[i] = inside ? load_as<T>(row, depth) : Vector<T>{};
+          __builtin_prefetch(row + 2 * L);  // so many rows at once are more than the processor foresees
         }
         transpose<T>(block);
         for (int i = 0; i < depth; ++i) store_vector(panel(p) + (l + i) * width + j, block[i]);

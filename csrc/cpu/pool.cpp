@@ -1,91 +1,15 @@
 #include "pool.h"
 
-#include <pthread.h>
-#include <sys/mman.h>
-
-#include <algorithm>
-#include <cstdlib>
-#include <mutex>
-#include <vector>
+#include "blocks.h"
 
 namespace dlkernels {
-namespace {
-
-constexpr int64_t kPageBytes = 2 << 20;    // of a huge page: blocks are multiples of it, and aligned to it
-constexpr int64_t kPooledBytes = 1 << 20;  // smaller tensors are left to torch: the C library keeps such blocks itself
-constexpr int64_t kPoolBytes = int64_t(512) << 20;  // of freed blocks kept at most
-
-class Pool;
-Pool& pool();
-
-class Pool {
- public:
-  // fork() leaves the child without the other threads: one that held the mutex would never let go of it there.
-  Pool() {
-    pthread_atfork([] { pool().mutex_.lock(); }, [] { pool().mutex_.unlock(); }, [] { pool().mutex_.unlock(); });
-  }
-
-  // A block of `bytes`, a multiple of kPageBytes: of the freed ones the smallest that is not twice too large, else new.
-  void* take(int64_t bytes) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    auto best = freed_.end();
-    for (auto block = freed_.begin(); block != freed_.end(); ++block) {
-      const bool fits = block->bytes >= bytes && block->bytes <= 2 * bytes;
-      if (fits && (best == freed_.end() || block->bytes < best->bytes)) best = block;
-    }
-    if (best == freed_.end()) return create(bytes);
-    void* data = best->data;
-    freed_bytes_ -= best->bytes;
-    freed_.erase(best);
-    return data;
-  }
-
-  // Keeps the block, and gives back the oldest ones beyond kPoolBytes.
-  void give(void* data, int64_t bytes) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    freed_.push_back({data, bytes});
-    freed_bytes_ += bytes;
-    while (freed_bytes_ > kPoolBytes) {
-      freed_bytes_ -= freed_.front().bytes;
-      std::free(freed_.front().data);
-      freed_.erase(freed_.begin());
-    }
-  }
-
- private:
-  struct Block {
-    void* data;
-    int64_t bytes;
-  };
-
-  static void* create(int64_t bytes) {
-    void* data = std::aligned_alloc(kPageBytes, bytes);
-    check(data != nullptr, "dlkernels: not enough memory for ", bytes, " bytes");
-    madvise(data, bytes, MADV_HUGEPAGE);  // a hint: it may be refused
-    return data;
-  }
-
-  std::mutex mutex_;
-  std::vector<Block> freed_;  // oldest first
-  int64_t freed_bytes_ = 0;
-};
-
-// Never destroyed: tensors may outlive the library's static objects.
-Pool& pool() {
-  static Pool* pool = new Pool;
-  return *pool;
-}
-
-}  // namespace
 
 torch::stable::Tensor pooled_empty_strided(const torch::stable::Tensor& input, const Ints& sizes, const Ints& strides) {
   int64_t bytes = input.element_size();
   for (int64_t size : sizes) bytes *= size;
   if (bytes < kPooledBytes) return empty_strided(input, sizes, strides);
-  bytes = ceil_div(bytes, kPageBytes) * kPageBytes;
-  void* data = pool().take(bytes);
-  return torch::stable::from_blob(data, sizes, strides, input.device(), input.scalar_type(),
-                                  [bytes](void* block) { pool().give(block, bytes); });
+  return torch::stable::from_blob(take_block(bytes), sizes, strides, input.device(), input.scalar_type(),
+                                  [bytes](void* block) { give_block(block, bytes); });
 }
 
 }  // namespace dlkernels

@@ -1,6 +1,7 @@
 // Vectors as the compiler sees them: one text for SSE2, AVX2, AVX-512 and Arm; the width follows the compile flags.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -13,6 +14,7 @@
 #endif
 
 #include "../common.h"
+#include "blocks.h"
 
 namespace dlkernels {
 
@@ -338,13 +340,11 @@ class FlushDenormals {
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t count) {
-    constexpr size_t kLine = 64;
-    const size_t bytes = (size_t(count) * sizeof(T) + kLine - 1) / kLine * kLine;
-    data_ = static_cast<T*>(std::aligned_alloc(kLine, bytes > 0 ? bytes : kLine));
+  explicit Scratch(int64_t count) : bytes_(std::max<int64_t>(1, ceil_div(count * int64_t(sizeof(T)), kLine)) * kLine) {
+    data_ = static_cast<T*>(bytes_ < kPooledBytes ? std::aligned_alloc(kLine, bytes_) : take_block(bytes_));
     if (data_ == nullptr) throw std::bad_alloc();
   }
-  ~Scratch() { std::free(data_); }
+  ~Scratch() { bytes_ < kPooledBytes ? std::free(data_) : give_block(data_, bytes_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
@@ -352,6 +352,8 @@ class Scratch {
   const T* data() const { return data_; }
 
  private:
+  static constexpr int64_t kLine = 64;
+  const int64_t bytes_;
   T* data_;
 };
 

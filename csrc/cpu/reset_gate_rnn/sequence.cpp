@@ -22,10 +22,10 @@ namespace {
 
 // ---- tuning constants ----------------------------------------------------------------------------
 
-constexpr int64_t kTaskWork = 1 << 18;       // multiply-adds, some 5 us, below which a second thread does not pay
+constexpr int64_t kTaskWork = 1 << 17;       // multiply-adds, 2.4 us, below which a second thread does not pay
 constexpr int64_t kStepWork = 1 << 16;       // multiply-adds of a step, below which threads that share it do not pay
 constexpr int64_t kCacheBytes = 1 << 20;     // of weights that stay in a core's cache from step to step
-constexpr int64_t kLeastSlice = 4;           // sequences of a slice: fewer use a weight too seldom once it is loaded
+constexpr int64_t kLeastSlice = 2;           // sequences of a slice: a weight must serve two once it is loaded
 constexpr int64_t kBlockRows = 128;          // rows of x, or of u, multiplied at once
 constexpr int64_t kChunkElements = 1 << 20;  // gates of a chunk of steps: 4 MiB, the workspace's bound
 constexpr int64_t kBiasRows = 128;           // summed before their sum goes on: long sums are made of short ones
@@ -78,19 +78,45 @@ int64_t grain_of(int64_t work) { return std::max<int64_t>(1, kTaskWork / std::ma
 // How the work of the steps is cut.
 struct Plan {
   bool by_columns;   // else by sequences
-  int64_t grain;     // sequences of a slice, at least
+  Ints slices;       // where slices of the sequences begin, and B
   int most_vectors;  // of a panel of recurrent weights
+  int64_t sharing;   // threads that share the panels
 
   // `threads` decides on speed alone: sums do not depend on how the work is cut.
   Plan(const ResetGateRnnShape& shape, int64_t element_size) {
     const int64_t threads = thread_count(), weights = 2 * shape.H * shape.H, step = shape.B * weights;
     const bool large = weights * element_size > kCacheBytes, narrow = shape.B < kLeastSlice * threads;
     by_columns = threads > 1 && step >= kStepWork && (large || narrow);
-    grain = std::max(kLeastSlice, grain_of(shape.T * step));
-    const int64_t slice = by_columns ? shape.B : std::max(grain, ceil_div(shape.B, threads));
+    sharing = by_columns ? threads : 1;
+    const int64_t grain = std::max(kLeastSlice, grain_of(shape.T * step));
+    slices = cut(shape, by_columns ? 1 : std::min(threads, ceil_div(shape.B, grain)));
+    const int64_t slice = ceil_div(shape.B, int64_t(slices.size()) - 1);
     most_vectors = slice <= kFewRows ? kFewRowsVectors : kTileVectors;
   }
+
+ private:
+  // Slices of about the same number of rows: of packed sequences, the first are the longest.
+  static Ints cut(const ResetGateRnnShape& shape, int64_t count) {
+    Ints begins{0};
+    int64_t rows = 0, length = shape.T;
+    for (int64_t b = 0; b < shape.B; ++b) {
+      while (length > 0 && shape.rows(length - 1) <= b) --length;
+      rows += length;
+      const int64_t slice = begins.size();
+      if (slice < count && rows * count >= shape.rows() * slice) begins.push_back(b + 1);
+    }
+    begins.push_back(shape.B);
+    return begins;
+  }
 };
+
+// Calls work(b_begin, b_end) for all slices of the sequences.
+template <class Work>
+void for_slices(const Ints& slices, const Work& work) {
+  parallel_for(int64_t(slices.size()) - 1, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) work(slices[i], slices[i + 1]);
+  });
+}
 
 // Calls work(step, block) for all steps in order, blocks < `blocks`: together where the plan is by columns.
 template <class Work>
@@ -106,8 +132,8 @@ struct GatePanels {
   Panels<A> r, n;
 
   template <class T>
-  GatePanels(const T* weight, int64_t H, int64_t depth, int most_vectors)
-      : r(depth, H, most_vectors), n(depth, H, most_vectors) {
+  GatePanels(const T* weight, int64_t H, int64_t depth, int most_vectors, int64_t threads = 1)
+      : r(depth, H, most_vectors, threads), n(depth, H, most_vectors, threads) {
     parallel_for(2 * r.count(), grain_of(ceil_div(H, std::max<int64_t>(1, r.count())) * depth),
                  [&](int64_t begin, int64_t end) {
                    for (int64_t i = begin; i < end; ++i) {
@@ -124,8 +150,8 @@ struct RowPanels {
   Panels<A> r, n;
 
   template <class T>
-  RowPanels(const T* weight, int64_t H, int64_t columns, int most_vectors)
-      : r(H, columns, most_vectors), n(H, columns, most_vectors) {
+  RowPanels(const T* weight, int64_t H, int64_t columns, int most_vectors, int64_t threads = 1)
+      : r(H, columns, most_vectors, threads), n(H, columns, most_vectors, threads) {
     parallel_for(H, grain_of(columns), [&](int64_t begin, int64_t end) {
       Scratch<A> row(columns);
       for (int64_t l = begin; l < end; ++l) {
@@ -153,7 +179,7 @@ class Forward {
         plan_(shape, sizeof(A)),
         Hp_(padded(shape.H, L)),
         ih_(in.weight_ih, shape.H, shape.I, kTileVectors),
-        hh_(in.weight_hh, shape.H, shape.H, plan_.most_vectors),
+        hh_(in.weight_hh, shape.H, shape.H, plan_.most_vectors, plan_.sharing),
         bias_(3 * Hp_),
         state_{Scratch<A>(shape.B * Hp_), Scratch<A>(shape.B * Hp_)},
         other_(shape.reset == Reset::output ? 0 : shape.B * Hp_) {
@@ -187,7 +213,7 @@ class Forward {
                     [&](int64_t i, int64_t block) { part.step(s + i / phases, int(i % phases), block); });
       }
     } else {
-      parallel_for(shape_.B, plan_.grain, [&](int64_t b_begin, int64_t b_end) {
+      for_slices(plan_.slices, [&](int64_t b_begin, int64_t b_end) {
         for (int64_t s = 0; s < shape_.T; s += length) {
           Part part(*this, s, std::min(shape_.T, s + length), b_begin, b_end);
           part.multiply_input(0, part.chunk.rows());
@@ -374,7 +400,7 @@ class Backward {
         Hp_(padded(shape.H, L)),
         Ip_(padded(shape.I, L)),
         width_((shape.reset == Reset::after ? 3 : 2) * Hp_),
-        hh_(in.weight_hh, shape.H, shape.H, plan_.most_vectors),
+        hh_(in.weight_hh, shape.H, shape.H, plan_.most_vectors, plan_.sharing),
         dh_(shape.B * Hp_),
         direct_(shape.reset == Reset::before ? shape.B * Hp_ : 0),
         weight_ih_(wanted.weight_ih == nullptr ? 0 : 2 * shape.H * Ip_),
@@ -433,7 +459,7 @@ class Backward {
                     [&](int64_t i, int64_t block) { turn(i / phases, int(i % phases), block, 0, f.shape_.B); });
         return;
       }
-      parallel_for(f.shape_.B, f.plan_.grain, [&](int64_t b_begin, int64_t b_end) {
+      for_slices(f.plan_.slices, [&](int64_t b_begin, int64_t b_end) {
         for (int64_t i = 0; i < turns; ++i) {
           for (int64_t block = 0; block < blocks; ++block) turn(i / phases, int(i % phases), block, b_begin, b_end);
         }
