@@ -18,6 +18,9 @@ namespace {
 // In the order that `conv2d_by` counts them in.
 enum class Strategy { kDirect, kPointwise, kDepthwise, kWinograd, kCount };
 
+// The strategy that conv2d_by asks for, on this thread while it runs.
+thread_local Strategy forced = Strategy::kCount;
+
 template <class Run>
 void with_strategy(Strategy strategy, const Run& run) {
   switch (strategy) {
@@ -112,8 +115,7 @@ template <class T>
 constexpr bool kIs16Bit = !std::is_same_v<T, Accumulate<T>>;
 
 struct CpuConv2d : CpuKernels {
-  explicit CpuConv2d(const torch::stable::Tensor& input, Strategy forced = Strategy::kCount)
-      : CpuKernels(input), forced_(forced) {}
+  using CpuKernels::CpuKernels;
 
   template <class T>
   void forward(const Conv2dShape& shape, Strided4d<const T> input, Strided4d<const T> weight, const T* bias,
@@ -173,49 +175,41 @@ struct CpuConv2d : CpuKernels {
 
   template <class T, class Run>
   void run(const Conv2dShape& shape, Pass pass, const Strided4d<T>& images, const Run& run) const {
-    const Strategy strategy = forced_ != Strategy::kCount ? forced_ : choose(shape, pass, images.stride_c == 1);
+    const Strategy strategy = forced != Strategy::kCount ? forced : choose(shape, pass, images.stride_c == 1);
     with_strategy(strategy, [&](auto chosen) {
       check(chosen.can(shape), "conv2d: this strategy cannot do this shape");
       run(chosen);
     });
   }
-
-  Strategy forced_;
 };
 
 // ---- one strategy, whatever the chooser says: for tests ------------------------------------------
 
-template <Strategy STRATEGY>
-struct Forced : CpuConv2d {
-  explicit Forced(const torch::stable::Tensor& input) : CpuConv2d(input, STRATEGY) {}
-};
-
-// Calls run(Forced<strategy>'s type) for the strategy of that number.
-template <class Result, class Run>
-Result with_forced(int64_t strategy, const Run& run) {
-  return [&]<int... I>(std::integer_sequence<int, I...>) {
-    Result result;
-    const bool known = ((strategy == I && (result = run(std::type_identity<Forced<Strategy(I)>>{}), true)) || ...);
-    check(known, "conv2d_by: strategy must be below ", int(Strategy::kCount), ", got ", strategy);
-    return result;
-  }(std::make_integer_sequence<int, int(Strategy::kCount)>{});
-}
-
 using Tensor = torch::stable::Tensor;
-using Gradients = std::tuple<Tensor, Tensor, Tensor>;
+
+// Calls run() with `forced` set.
+template <class Run>
+auto with_forced(int64_t strategy, const Run& run) {
+  check(strategy >= 0 && strategy < int(Strategy::kCount), "conv2d_by: strategy must be below ", int(Strategy::kCount),
+        ", got ", strategy);
+  struct Restore {
+    ~Restore() { forced = Strategy::kCount; }
+  } restore;
+  forced = Strategy(strategy);
+  return run();
+}
 
 Tensor conv2d_by(int64_t strategy, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                  Ints stride, Ints padding, Ints dilation, int64_t groups) {
-  return with_forced<Tensor>(strategy, [&](auto forced) {
-    return conv2d<typename decltype(forced)::type>(input, weight, bias, stride, padding, dilation, groups);
-  });
+  return with_forced(strategy,
+                     [&] { return conv2d<CpuConv2d, Tensor>(input, weight, bias, stride, padding, dilation, groups); });
 }
 
-Gradients conv2d_backward_by(int64_t strategy, const Tensor& grad, const Tensor& input, const Tensor& weight,
-                             Ints stride, Ints padding, Ints dilation, int64_t groups, std::vector<bool> output_mask) {
-  return with_forced<Gradients>(strategy, [&](auto forced) {
-    return conv2d_backward<typename decltype(forced)::type>(grad, input, weight, stride, padding, dilation, groups,
-                                                            output_mask);
+std::tuple<Tensor, Tensor, Tensor> conv2d_backward_by(int64_t strategy, const Tensor& grad, const Tensor& input,
+                                                      const Tensor& weight, Ints stride, Ints padding, Ints dilation,
+                                                      int64_t groups, std::vector<bool> output_mask) {
+  return with_forced(strategy, [&] {
+    return conv2d_backward<CpuConv2d, Tensor>(grad, input, weight, stride, padding, dilation, groups, output_mask);
   });
 }
 
