@@ -27,8 +27,10 @@ constexpr int64_t kTaskProducts = 1 << 15;  // multiply-adds (some 2 us) below w
 constexpr int64_t kSlabBytes = 20 << 10;    // of padded rows: leaves room in a 32 KiB L1 for what is written
 constexpr int kTileRows = 4;                // NCHW: output rows that share source vectors, ...
 constexpr int kPixelRows = 2,
-              kPixelColumns = 4;      // ... channels_last: output pixels that do; 9 weights stay beside them
-constexpr int64_t kEnoughTasks = 16;  // of grad_weight, for a handful of threads to share the work evenly
+              kPixelColumns = 4;            // ... channels_last: output pixels that do; 9 weights stay beside them
+constexpr int64_t kGradColumns = 8;         // channels_last: pixels of grad whose products are summed in registers
+constexpr int64_t kBlockBytes = 128 << 10;  // of planes that lie transposed in L2
+constexpr int64_t kEnoughTasks = 16;        // of grad_weight, for a handful of threads to share the work evenly
 
 int64_t grain_of(int64_t products_per_task) { return std::max<int64_t>(1, kTaskProducts / (products_per_task + 1)); }
 
@@ -47,19 +49,27 @@ struct Taps {
 };
 using AnyTaps = Taps<0, 0, 1, 1>;
 
-// Calls run(Taps) with the taps of these axes: 3x3 with stride 1 and 2, and what a phase of the latter's gradient has.
-// Only for float: each kind of taps takes the compiler a second for each type.
+// Calls run(Taps) with the taps of these axes, for float: each kind takes the compiler a second for each type. 3x3 with
+// stride 1 and 2, ...
 template <class T, class Run>
-void with_taps(const Axis& h, const Axis& w, const Run& run) {
+void with_3x3(const Axis& h, const Axis& w, const Run& run) {
   if constexpr (std::is_same_v<T, float>) {
     if (Taps<3, 3, 1, 1>::fit(h, w)) return run(Taps<3, 3, 1, 1>{});
     if (Taps<3, 3, 2, 2>::fit(h, w)) return run(Taps<3, 3, 2, 2>{});
+  }
+  run(AnyTaps{});
+}
+
+// ... and what a phase of the latter's gradient has.
+template <class T, class Run>
+void with_taps(const Axis& h, const Axis& w, const Run& run) {
+  if constexpr (std::is_same_v<T, float>) {
     if (Taps<2, 2, 1, 1>::fit(h, w)) return run(Taps<2, 2, 1, 1>{});
     if (Taps<2, 1, 1, 1>::fit(h, w)) return run(Taps<2, 1, 1, 1>{});
     if (Taps<1, 2, 1, 1>::fit(h, w)) return run(Taps<1, 2, 1, 1>{});
     if (Taps<1, 1, 1, 1>::fit(h, w)) return run(Taps<1, 1, 1, 1>{});
   }
-  run(AnyTaps{});
+  with_3x3<T>(h, w, run);
 }
 
 // ---- kernels: NCHW -------------------------------------------------------------------------------
@@ -115,7 +125,7 @@ void sum_block(const BlockOfRows<A>& block, const Axis& h, const Axis& w, const 
     for (int64_t j = 0; j < J; j += kLanes<A>) {
       const int64_t count = std::min<int64_t>(kLanes<A>, J - j);
       if (I < kTileRows) {
-        sum_rows<TAPS, 1>(block, h, w, weight, bias, i, j, count, to, to_pitch);
+        sum_rows<AnyTaps, 1>(block, h, w, weight, bias, i, j, count, to, to_pitch);
       } else {
         sum_rows<TAPS, kTileRows>(block, h, w, weight, bias, std::min(i, I - kTileRows), j, count, to, to_pitch);
       }
@@ -123,79 +133,28 @@ void sum_block(const BlockOfRows<A>& block, const Axis& h, const Axis& w, const 
   }
 }
 
-// to[j*2 + phase] = phases[phase][j], `count` elements in all
-template <class T, int... LANE>
-void interleave(const Accumulate<T>* even, const Accumulate<T>* odd, int64_t count, T* to,
-                std::integer_sequence<int, LANE...>) {
-  using A = Accumulate<T>;
-  constexpr int64_t L = kLanes<A>;
-  for (int64_t w = 0; w < count; w += 2 * L, even += L, odd += L) {
-    const Vector<A> a = load_vector(even), b = load_vector(odd);
-    const Vector<A> low = __builtin_shufflevector(a, b, (LANE / 2 + LANE % 2 * int(L))...);
-    const Vector<A> high = __builtin_shufflevector(a, b, ((LANE + int(L)) / 2 + LANE % 2 * int(L))...);
-    store_as<A>(to + w, std::min(L, count - w), low);
-    if (count - w > L) store_as<A>(to + w + L, std::min(L, count - w - L), high);
-  }
-}
-
-// A row (W) whose columns phase, phase + phases, ... lie side by side in staged[phase]
-template <class T>
-void write_row(const Accumulate<T>* staged, int64_t phase_pitch, int64_t phases, int64_t W, T* to) {
-  if (phases == 2) {
-    return interleave<T>(staged, staged + phase_pitch, W, to, std::make_integer_sequence<int, kLanes<Accumulate<T>>>{});
-  }
-  for (int64_t w = 0; w < W; ++w) to[w] = store<T>(staged[w % phases * phase_pitch + w / phases]);
-}
-
-// The lowest and the highest source position, relative to i*step, that output i of any of the axes reads.
-struct Span {
-  int64_t low = 0, high = 0;
-
-  explicit Span(const std::vector<Axis>& axes) {
-    bool empty = true;
-    for (const Axis& axis : axes) {
-      if (axis.taps == 0) continue;
-      const int64_t last = axis.first + (axis.taps - 1) * axis.spacing;
-      low = empty ? axis.first : std::min(low, axis.first);
-      high = empty ? last : std::max(high, last);
-      empty = false;
-    }
-  }
-};
-
 // How the planes of one call are cut into blocks of rows, each with its slab.
 template <class A>
 struct Blocks {
-  Span span_h, span_w;
+  Axis h, w;
   Slab slab;
-  int64_t I, rows, count;  // output rows of a plane, of a block; blocks of a plane
+  int64_t rows, count;  // output rows of a block; blocks of a plane
 
-  Blocks(const std::vector<Axis>& hs, const std::vector<Axis>& ws)
-      : span_h(hs),
-        span_w(ws),
-        slab(Slab::of<A>(span_w.low, (ws[0].outputs - 1) * ws[0].step + span_w.high - span_w.low + 1, ws[0].step)),
-        I(hs[0].outputs) {
-    const int64_t wanted = kSlabBytes / (slab.pitch() * int64_t(sizeof(A)) * hs[0].step);
-    count = ceil_div(I, std::max<int64_t>(wanted, kTileRows));
-    rows = ceil_div(I, count);
-    step = hs[0].step;
+  Blocks(const Axis& h, const Axis& w) : h(h), w(w), slab(Slab::of<A>(w.first, w.reach(w.outputs), w.step)) {
+    const int64_t wanted = kSlabBytes / (slab.pitch() * int64_t(sizeof(A)) * h.step);
+    count = ceil_div(h.outputs, std::max<int64_t>(wanted, kTileRows));
+    rows = ceil_div(h.outputs, count);
+    count = ceil_div(h.outputs, rows);
   }
-  int64_t slab_rows(int64_t outputs) const { return (outputs - 1) * step + span_h.high - span_h.low + 1; }
-  int64_t slab_size() const { return slab_rows(rows) * slab.pitch(); }
+  int64_t slab_size() const { return h.reach(rows) * slab.pitch(); }
   int64_t first(int64_t block) const { return block * rows; }
-  int64_t outputs(int64_t block) const { return std::min(rows, I - block * rows); }
+  int64_t outputs(int64_t block) const { return std::min(rows, h.outputs - first(block)); }
 
   template <class T>
-  void pack(const T* plane, int64_t stride_h, int64_t H, int64_t W, int64_t block, A* to) const {
-    pack_rows(slab, plane, stride_h, H, W, first(block) * step + span_h.low, slab_rows(outputs(block)), to);
+  void pack(const T* plane, int64_t stride_h, int64_t block, A* to) const {
+    const int64_t origin = first(block) * h.step + h.first;
+    pack_rows(slab, plane, stride_h, h.source, w.source, origin, h.reach(outputs(block)), to);
   }
-  // The rows that outputs of this axis read, among the packed ones of a block.
-  BlockOfRows<A> of(const A* packed, const Axis& h, const std::vector<int64_t>& columns) const {
-    return {packed + (h.taps > 0 ? h.first - span_h.low : 0) * slab.pitch(), slab.pitch(), columns.data()};
-  }
-
- private:
-  int64_t step;
 };
 
 int64_t taps_of(const std::vector<Axis>& axes) {
@@ -212,45 +171,37 @@ void gather_weight(const Strided4d<const T>& weight, int64_t c, const Axis& h, c
   }
 }
 
-// target (N, C, any, W) = bias + sums over the source, for all phases hs x ws, plane by plane
+// target = bias + sums over the source, plane by plane
 template <class T>
-void sum_planes(int64_t N, int64_t C, const std::vector<Axis>& hs, const std::vector<Axis>& ws,
-                const Strided4d<const T>& source, const Strided4d<const T>& weight, const T* bias, int64_t bias_stride,
-                int64_t W, const Strided4d<T>& target) {
+void sum_planes(int64_t N, int64_t C, const Axis& h, const Axis& w, const Strided4d<const T>& source,
+                const Strided4d<const T>& weight, const T* bias, int64_t bias_stride, const Strided4d<T>& target) {
   using A = Accumulate<T>;
-  const Blocks<A> blocks(hs, ws);
-  const int64_t J = ws[0].outputs, phases = int64_t(ws.size()), taps = taps_of(hs) * taps_of(ws);
-  const int64_t phase_pitch = J + kLanes<A>;
-  std::vector<std::vector<int64_t>> columns;
-  for (const Axis& w : ws) columns.push_back(blocks.slab.offsets(w));
-  parallel_for(N * C * blocks.count, grain_of(blocks.rows * J * taps), [&](int64_t begin, int64_t end) {
+  const Blocks<A> blocks(h, w);
+  const int64_t taps = h.taps * w.taps;
+  const std::vector<int64_t> columns = blocks.slab.offsets(w);
+  parallel_for(N * C * blocks.count, grain_of(blocks.rows * w.outputs * taps), [&](int64_t begin, int64_t end) {
     Scratch<A> packed(blocks.slab_size()), factors(taps);
-    Scratch<A> staged(phases > 1 ? blocks.rows * phases * phase_pitch : 0);
     std::fill_n(packed.data(), blocks.slab_size(), A(0));
+    const BlockOfRows<A> rows{packed.data(), blocks.slab.pitch(), columns.data()};
     for (int64_t task = begin; task < end; ++task) {
       const int64_t block = task % blocks.count, plane = task / blocks.count, c = plane % C, n = plane / C;
-      blocks.pack(source.at(n, c), source.stride_h, hs[0].source, ws[0].source, block, packed.data());
+      blocks.pack(source.at(n, c), source.stride_h, block, packed.data());
+      gather_weight(weight, c, h, w, factors.data());
       const A offset = bias == nullptr ? A(0) : load(bias[c * bias_stride]);
-      for (const Axis& h : hs) {
-        const int64_t i_first = blocks.first(block), I = std::min(blocks.outputs(block), h.outputs - i_first);
-        T* to = target.at(n, c) + h.place(i_first) * target.stride_h;
-        const int64_t to_pitch = h.place_step * target.stride_h;
-        for (int64_t phase = 0; phase < phases; ++phase) {
-          const Axis& w = ws[phase];
-          gather_weight(weight, c, h, w, factors.data());
-          const BlockOfRows<A> rows = blocks.of(packed.data(), h, columns[phase]);
-          with_taps<T>(h, w, [&]<class TAPS>(TAPS) {
-            if (phases == 1) return sum_block<TAPS>(rows, h, w, factors.data(), offset, I, to, to_pitch);
-            A* of_phase = staged.data() + phase * phase_pitch;
-            sum_block<TAPS>(rows, h, w, factors.data(), offset, I, of_phase, phases * phase_pitch);
-          });
-        }
-        for (int64_t i = 0; i < I && phases > 1; ++i) {
-          write_row(staged.data() + i * phases * phase_pitch, phase_pitch, phases, W, to + i * to_pitch);
-        }
-      }
+      T* to = target.at(n, c) + blocks.first(block) * target.stride_h;
+      with_taps<T>(h, w, [&]<class TAPS>(TAPS) {
+        sum_block<TAPS>(rows, h, w, factors.data(), offset, blocks.outputs(block), to, target.stride_h);
+      });
     }
   });
+}
+
+// grad_weight[c, r, s] = sums[r*S + s]
+template <class T>
+void store_weights(const Accumulate<T>* sums, const Conv2dShape& shape, int64_t c, const Strided4d<T>& grad_weight) {
+  for (int64_t r = 0; r < shape.R; ++r) {
+    for (int64_t s = 0; s < shape.S; ++s) grad_weight.at(c, 0, r, s) = store<T>(*sums++);
+  }
 }
 
 // sums[r*S + s] += sum over i < ROWS of grad[i][j] * rows[i*STEP_H + r][columns[s] + j], lanes j < count
@@ -315,9 +266,8 @@ void multiply_planes(const Conv2dShape& shape, const Strided4d<const T>& grad, c
                      const Strided4d<T>& grad_weight) {
   using A = Accumulate<T>;
   constexpr int64_t L = kLanes<A>;
-  const std::vector<Axis> hs = forward_axes_h(shape), ws = forward_axes_w(shape);
-  const Axis &h = hs[0], &w = ws[0];
-  const Blocks<A> blocks(hs, ws);
+  const Axis h = forward_axes_h(shape)[0], w = forward_axes_w(shape)[0];
+  const Blocks<A> blocks(h, w);
   const std::vector<int64_t> columns = blocks.slab.offsets(w);
   const int64_t C = shape.C, taps = shape.R * shape.S, all = shape.N * blocks.count;
   const int64_t chunks = std::max<int64_t>(1, std::min(all, ceil_div(kEnoughTasks, C)));
@@ -326,15 +276,15 @@ void multiply_planes(const Conv2dShape& shape, const Strided4d<const T>& grad, c
   parallel_for(C * chunks, grain_of(products), [&](int64_t begin, int64_t end) {
     Scratch<A> packed(blocks.slab_size()), sums(taps * L);
     std::fill_n(packed.data(), blocks.slab_size(), A(0));
+    const BlockOfRows<A> rows{packed.data(), blocks.slab.pitch(), columns.data()};
     for (int64_t task = begin; task < end; ++task) {
       const int64_t c = task / chunks, chunk = task % chunks;
       std::fill_n(sums.data(), taps * L, A(0));
       for (int64_t item = all * chunk / chunks; item < all * (chunk + 1) / chunks; ++item) {
         const int64_t n = item / blocks.count, block = item % blocks.count, I = blocks.outputs(block);
-        blocks.pack(input.at(n, c), input.stride_h, shape.H, shape.W, block, packed.data());
-        const BlockOfRows<A> rows = blocks.of(packed.data(), h, columns);
+        blocks.pack(input.at(n, c), input.stride_h, block, packed.data());
         const T* factors = grad.at(n, c) + blocks.first(block) * grad.stride_h;
-        with_taps<T>(h, w, [&]<class TAPS>(TAPS) {
+        with_3x3<T>(h, w, [&]<class TAPS>(TAPS) {
           if constexpr (TAPS::kKnown) {
             add_block_products<TAPS>(rows, factors, grad.stride_h, I, w.outputs, sums.data());
           } else {
@@ -348,38 +298,18 @@ void multiply_planes(const Conv2dShape& shape, const Strided4d<const T>& grad, c
     }
   });
   for (int64_t c = 0; c < C; ++c) {
-    for (int64_t t = 0; t < taps; ++t) {
-      A sum = 0;
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += partial.data()[(c * chunks + chunk) * taps + t];
-      grad_weight.at(c, 0, t / shape.S, t % shape.S) = store<T>(sum);
+    A* sums = partial.data() + c * chunks * taps;
+    for (int64_t chunk = 1; chunk < chunks; ++chunk) {
+      for (int64_t t = 0; t < taps; ++t) sums[t] += sums[chunk * taps + t];
     }
+    store_weights(sums, shape, c, grad_weight);
   }
 }
 
 // ---- kernels: channels_last ----------------------------------------------------------------------
 
-// Output pixels (i, j) to (i + ROWS - 1, j + COLUMNS - 1).
 template <int ROWS, int COLUMNS>
-struct Tile {
-  int64_t i, j;
-};
-
-template <int ROWS, class Run>
-void for_tiles_of(int64_t i, int64_t J, bool again, const Run& run) {
-  int64_t j = 0;
-  for (; j + kPixelColumns <= J; j += kPixelColumns) run(Tile<ROWS, kPixelColumns>{i, j});
-  if (j == J) return;
-  if (again && J > kPixelColumns) return run(Tile<ROWS, kPixelColumns>{i, J - kPixelColumns});
-  for (; j < J; ++j) run(Tile<ROWS, 1>{i, j});
-}
-
-// Calls run(tile) for tiles that cover `rows` rows, at most kPixelRows, of J pixels from row i on. With `again` the
-// last tile may cover some pixels once more, so that it has full width.
-template <class Run>
-void for_tiles(int64_t i, int64_t rows, int64_t J, bool again, const Run& run) {
-  if (rows == kPixelRows) return for_tiles_of<kPixelRows>(i, J, again, run);
-  for (int64_t end = i + rows; i < end; ++i) for_tiles_of<1>(i, J, again, run);
-}
+struct Tile {};
 
 // Where the source pixels of a tile lie: all inside the source, so that strides tell; or in a table, where those
 // outside are a pixel of zeros.
@@ -404,11 +334,11 @@ struct PixelSource {
   const Axis &h, &w;
   std::vector<const T*>& table;
 
-  // Calls run(pixels) for what a tile of outputs reads.
-  template <int ROWS, int COLUMNS, class Run>
-  void with_pixels(int64_t n, Tile<ROWS, COLUMNS> tile, const Run& run) const {
-    const int64_t y = tile.i * h.step + h.first, x = tile.j * w.step + w.first;
-    const int64_t reach_h = h.reach(ROWS), reach_w = w.reach(COLUMNS);
+  // Calls run(pixels) for what a tile of rows x columns outputs from (i, j) on reads.
+  template <class Run>
+  void with_pixels(int64_t n, int64_t i, int64_t j, int64_t rows, int64_t columns, const Run& run) const {
+    const int64_t y = i * h.step + h.first, x = j * w.step + w.first;
+    const int64_t reach_h = h.reach(rows), reach_w = w.reach(columns);
     const T* image = images.at(n, 0);
     if (y >= 0 && x >= 0 && y + reach_h <= h.source && x + reach_w <= w.source) {
       return run(PixelsInside<T>{image + y * images.stride_h + x * images.stride_w, images.stride_h, images.stride_w});
@@ -424,31 +354,25 @@ struct PixelSource {
   }
 };
 
-// Calls run(c, count) for all channels, a vector at a time; count is known when compiling but for the last ones.
-template <class A, class Run>
-inline void for_channels(int64_t C, const Run& run) {
-  int64_t c = 0;
-  for (; c + kLanes<A> <= C; c += kLanes<A>) run(c, std::integral_constant<int64_t, kLanes<A>>{});
-  if (c < C) run(c, C - c);
-}
-
 // to[o, u][c] = bias[c] + sum over r, s of weight[r*S + s][c] * pixels(o*step + r*spacing, u*step + s*spacing)[c]
-// for a tile of ROWS x COLUMNS outputs; weight (taps, pitch)
+// for a tile of ROWS x COLUMNS outputs and channels c from `first` on; weight (taps, pitch)
 template <class TAPS, int ROWS, int COLUMNS, class T, class Pixels>
 void sum_pixels(const Pixels& pixels, const Axis& h, const Axis& w, const Accumulate<T>* weight, int64_t pitch,
-                const Accumulate<T>* bias, int64_t C, T* to, int64_t to_h, int64_t to_w) {
+                const Accumulate<T>* bias, int64_t first, int64_t C, T* to, int64_t to_h, int64_t to_w) {
   using A = Accumulate<T>;
-  for_channels<A>(C, [&](int64_t c, auto count) {
-    Vector<A> sums[ROWS][COLUMNS];
-    for (auto& row : sums) {
-      for (auto& sum : row) sum = load_vector(bias + c);
-    }
-    if constexpr (TAPS::kKnown) {
+  constexpr int64_t L = kLanes<A>;
+  Vector<A> sums[ROWS][COLUMNS];
+  if constexpr (TAPS::kKnown) {
+    int64_t c = first;
+    for (; c + L <= C; c += L) {
+      for (auto& row : sums) {
+        for (auto& sum : row) sum = load_vector(bias + c);
+      }
 #pragma GCC unroll 8
       for (int y = 0; y < (ROWS - 1) * TAPS::STEP_H + TAPS::R; ++y) {
 #pragma GCC unroll 16
         for (int x = 0; x < (COLUMNS - 1) * TAPS::STEP_W + TAPS::S; ++x) {
-          const Vector<A> pixel = load_as<A>(pixels(y, x) + c, count);
+          const Vector<A> pixel = load_as<A>(pixels(y, x) + c);
 #pragma GCC unroll 4
           for (int o = 0; o < ROWS; ++o) {
 #pragma GCC unroll 4
@@ -461,7 +385,17 @@ void sum_pixels(const Pixels& pixels, const Axis& h, const Axis& w, const Accumu
           }
         }
       }
-    } else {
+      for (int o = 0; o < ROWS; ++o) {
+        for (int u = 0; u < COLUMNS; ++u) store_as<A>(to + o * to_h + u * to_w + c, sums[o][u]);
+      }
+    }
+    if (c < C) sum_pixels<AnyTaps, ROWS, COLUMNS>(pixels, h, w, weight, pitch, bias, c, C, to, to_h, to_w);
+  } else {
+    for (int64_t c = first; c < C; c += L) {
+      const int64_t count = std::min(L, C - c);
+      for (auto& row : sums) {
+        for (auto& sum : row) sum = load_vector(bias + c);
+      }
       const A* factors = weight + c;
       for (int64_t r = 0; r < h.taps; ++r) {
         for (int64_t s = 0; s < w.taps; ++s, factors += pitch) {
@@ -476,24 +410,63 @@ void sum_pixels(const Pixels& pixels, const Axis& h, const Axis& w, const Accumu
           }
         }
       }
+      for (int o = 0; o < ROWS; ++o) {
+        for (int u = 0; u < COLUMNS; ++u) store_as<A>(to + o * to_h + u * to_w + c, count, sums[o][u]);
+      }
     }
-    for (int o = 0; o < ROWS; ++o) {
-      for (int u = 0; u < COLUMNS; ++u) store_as<A>(to + o * to_h + u * to_w + c, count, sums[o][u]);
+  }
+}
+
+// target[i, j] = bias + sums over the source for rows of pixels [begin, end); weight (taps, pitch). Where there are
+// enough rows and columns, only full tiles are summed: the last ones cover some pixels once more.
+template <class T>
+void sum_pixel_rows(const PixelSource<T>& source, int64_t n, int64_t begin, int64_t end, int64_t C,
+                    const Accumulate<T>* weight, int64_t pitch, const Accumulate<T>* bias, const Strided4d<T>& target) {
+  const Axis &h = source.h, &w = source.w;
+  const auto sum_tile = [&]<class TAPS, int ROWS, int COLUMNS>(TAPS, Tile<ROWS, COLUMNS>, int64_t i, int64_t j) {
+    T* to = &target.at(n, 0, h.place(i), w.place(j));
+    source.with_pixels(n, i, j, ROWS, COLUMNS, [&](const auto& pixels) {
+      sum_pixels<TAPS, ROWS, COLUMNS>(pixels, h, w, weight, pitch, bias, 0, C, to, h.place_step * target.stride_h,
+                                      w.place_step * target.stride_w);
+    });
+  };
+  if (end - begin < kPixelRows || w.outputs < kPixelColumns) {
+    for (int64_t i = begin; i < end; ++i) {
+      for (int64_t j = 0; j < w.outputs; ++j) sum_tile(AnyTaps{}, Tile<1, 1>{}, i, j);
+    }
+    return;
+  }
+  with_taps<T>(h, w, [&](auto taps) {
+    for (int64_t i = begin; i < end; i += kPixelRows) {
+      for (int64_t j = 0; j < w.outputs; j += kPixelColumns) {
+        sum_tile(taps, Tile<kPixelRows, kPixelColumns>{}, std::min(i, end - kPixelRows),
+                 std::min(j, w.outputs - kPixelColumns));
+      }
     }
   });
 }
 
-// The weights of the taps of these axes as vectors along the channels: to[t][c], zero from C to pitch
+// The weights that planes first, first + 1, ... (n*C + c) have at the taps of these axes: to[t][lane], zero from
+// `count` to pitch
 template <class T>
-void gather_weights(const Strided4d<const T>& weight, int64_t C, const Axis& h, const Axis& w, int64_t pitch,
-                    Accumulate<T>* to) {
-  std::fill_n(to, h.taps * w.taps * pitch, Accumulate<T>(0));
-  for (int64_t c = 0; c < C; ++c) {
-    for (int64_t r = 0; r < h.taps; ++r) {
-      for (int64_t s = 0; s < w.taps; ++s) {
-        to[(r * w.taps + s) * pitch + c] = load(weight.at(c, 0, h.weight(r), w.weight(s)));
+void gather_weights(const Strided4d<const T>& weight, int64_t C, int64_t first, int64_t count, const Axis& h,
+                    const Axis& w, int64_t pitch, Accumulate<T>* to) {
+  for (int64_t r = 0; r < h.taps; ++r) {
+    for (int64_t s = 0; s < w.taps; ++s, to += pitch) {
+      const T* from = &weight.at(0, 0, h.weight(r), w.weight(s));
+      for (int64_t lane = 0, c = first % C; lane < count; ++lane, c = c + 1 < C ? c + 1 : 0) {
+        to[lane] = load(from[c * weight.stride_n]);
       }
+      std::fill_n(to + count, pitch - count, Accumulate<T>(0));
     }
+  }
+}
+
+template <class T>
+void gather_bias(const T* bias, int64_t stride, int64_t C, int64_t first, int64_t count, int64_t pitch,
+                 Accumulate<T>* to) {
+  for (int64_t lane = 0; lane < pitch; ++lane) {
+    to[lane] = bias != nullptr && lane < count ? load(bias[(first + lane) % C * stride]) : Accumulate<T>(0);
   }
 }
 
@@ -512,90 +485,104 @@ void sum_images(int64_t N, int64_t C, const std::vector<Axis>& hs, const std::ve
   using A = Accumulate<T>;
   const int64_t pitch = ceil_div(C, int64_t(kLanes<A>)) * kLanes<A>, taps = taps_of(hs) * taps_of(ws);
   Scratch<A> weights(taps * pitch), offsets(pitch);
-  std::fill_n(offsets.data(), pitch, A(0));
-  for (int64_t c = 0; c < C && bias != nullptr; ++c) offsets.data()[c] = load(bias[c * bias_stride]);
+  gather_bias(bias, bias_stride, C, 0, C, pitch, offsets.data());
   Scratch<T> zeros(C);
   std::fill_n(zeros.data(), C, T{});
   std::vector<PhaseWeights<A>> phases;
   A* to = weights.data();
   for (const Axis& h : hs) {
     for (const Axis& w : ws) {
-      gather_weights(weight, C, h, w, pitch, to);
+      gather_weights(weight, C, 0, C, h, w, pitch, to);
       phases.push_back({h, w, to});
       to += h.taps * w.taps * pitch;
     }
   }
 
-  const int64_t pairs = ceil_div(hs[0].outputs, int64_t(kPixelRows)), J = ws[0].outputs;
+  // Every task has two rows of each phase but an image's last one, which has what is left: up to three.
+  const int64_t pairs = std::max<int64_t>(1, hs[0].outputs / kPixelRows), J = ws[0].outputs;
   parallel_for(N * pairs, grain_of(kPixelRows * J * taps * C), [&](int64_t begin, int64_t end) {
     std::vector<const T*> table;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t n = task / pairs, i = task % pairs * kPixelRows;
       for (const PhaseWeights<A>& phase : phases) {
-        const Axis &h = phase.h, &w = phase.w;
-        const PixelSource<T> source_pixels{source, zeros.data(), h, w, table};
-        with_taps<T>(h, w, [&]<class TAPS>(TAPS) {
-          for_tiles(i, std::min<int64_t>(kPixelRows, h.outputs - i), w.outputs, true,
-                    [&]<int ROWS, int COLUMNS>(Tile<ROWS, COLUMNS> tile) {
-                      T* to = &target.at(n, 0, h.place(tile.i), w.place(tile.j));
-                      source_pixels.with_pixels(n, tile, [&](const auto& pixels) {
-                        sum_pixels<TAPS, ROWS, COLUMNS>(pixels, h, w, phase.weight, pitch, offsets.data(), C, to,
-                                                        h.place_step * target.stride_h, w.place_step * target.stride_w);
-                      });
-                    });
-        });
+        const PixelSource<T> pixels{source, zeros.data(), phase.h, phase.w, table};
+        const int64_t last = (task + 1) % pairs == 0 ? phase.h.outputs : std::min(i + kPixelRows, phase.h.outputs);
+        sum_pixel_rows(pixels, n, i, last, C, phase.weight, pitch, offsets.data(), target);
       }
     }
   });
 }
 
 // sums[r*S + s][c] += sum over o, u of grad[o, u][c] * pixels(o*step + r*spacing, u*step + s*spacing)[c]
-// for a tile of ROWS x COLUMNS pixels of grad; sums (taps, pitch)
-template <class TAPS, int ROWS, int COLUMNS, class T, class Pixels>
+// for a tile of ROWS x `columns` pixels of grad and channels c from `first` on; sums (taps, pitch)
+template <class TAPS, int ROWS, class T, class Pixels>
 void add_pixel_products(const Pixels& pixels, const Axis& h, const Axis& w, const T* grad, int64_t grad_h,
-                        int64_t grad_w, int64_t C, Accumulate<T>* sums, int64_t pitch) {
+                        int64_t grad_w, int64_t columns, int64_t first, int64_t C, Accumulate<T>* sums, int64_t pitch) {
   using A = Accumulate<T>;
-  for_channels<A>(C, [&](int64_t c, auto count) {
-    Vector<A> factors[ROWS][COLUMNS];
-    for (int o = 0; o < ROWS; ++o) {
-      for (int u = 0; u < COLUMNS; ++u) factors[o][u] = load_as<A>(grad + o * grad_h + u * grad_w + c, count);
-    }
-    if constexpr (TAPS::kKnown) {
+  constexpr int64_t L = kLanes<A>;
+  if constexpr (TAPS::kKnown) {
+    int64_t c = first;
+    for (; c + L <= C; c += L) {
       Vector<A> products[TAPS::R * TAPS::S];
       for (int t = 0; t < TAPS::R * TAPS::S; ++t) products[t] = load_vector(sums + t * pitch + c);
+      for (int64_t u = 0; u < columns; ++u) {
+        Vector<A> factors[ROWS];
+        for (int o = 0; o < ROWS; ++o) factors[o] = load_as<A>(grad + o * grad_h + u * grad_w + c);
 #pragma GCC unroll 8
-      for (int y = 0; y < (ROWS - 1) * TAPS::STEP_H + TAPS::R; ++y) {
-#pragma GCC unroll 16
-        for (int x = 0; x < (COLUMNS - 1) * TAPS::STEP_W + TAPS::S; ++x) {
-          const Vector<A> pixel = load_as<A>(pixels(y, x) + c, count);
+        for (int y = 0; y < (ROWS - 1) * TAPS::STEP_H + TAPS::R; ++y) {
 #pragma GCC unroll 4
-          for (int o = 0; o < ROWS; ++o) {
+          for (int s = 0; s < TAPS::S; ++s) {
+            const Vector<A> pixel = load_as<A>(pixels(y, u * TAPS::STEP_W + s) + c);
 #pragma GCC unroll 4
-            for (int u = 0; u < COLUMNS; ++u) {
-              const int r = y - o * TAPS::STEP_H, s = x - u * TAPS::STEP_W;
-              if (r >= 0 && r < TAPS::R && s >= 0 && s < TAPS::S) products[r * TAPS::S + s] += factors[o][u] * pixel;
+            for (int o = 0; o < ROWS; ++o) {
+              const int r = y - o * TAPS::STEP_H;
+              if (r >= 0 && r < TAPS::R) products[r * TAPS::S + s] += factors[o] * pixel;
             }
           }
         }
       }
       for (int t = 0; t < TAPS::R * TAPS::S; ++t) store_vector(sums + t * pitch + c, products[t]);
-    } else {
+    }
+    if (c < C) add_pixel_products<AnyTaps, ROWS>(pixels, h, w, grad, grad_h, grad_w, columns, c, C, sums, pitch);
+  } else {
+    for (int64_t c = first; c < C; c += L) {
+      const int64_t count = std::min(L, C - c);
       A* to = sums + c;
       for (int64_t r = 0; r < h.taps; ++r) {
         for (int64_t s = 0; s < w.taps; ++s, to += pitch) {
           Vector<A> sum = load_vector(to);
-#pragma GCC unroll 2
-          for (int o = 0; o < ROWS; ++o) {
-#pragma GCC unroll 4
-            for (int u = 0; u < COLUMNS; ++u) {
+          for (int64_t u = 0; u < columns; ++u) {
+            for (int o = 0; o < ROWS; ++o) {
               const T* pixel = pixels(o * h.step + r * h.spacing, u * w.step + s * w.spacing);
-              sum += factors[o][u] * load_as<A>(pixel + c, count);
+              sum += load_as<A>(grad + o * grad_h + u * grad_w + c, count) * load_as<A>(pixel + c, count);
             }
           }
           store_vector(to, sum);
         }
       }
     }
+  }
+}
+
+// The same for rows of pixels of grad [begin, end).
+template <class T>
+void add_row_products(const PixelSource<T>& source, const Strided4d<const T>& grad, int64_t n, int64_t begin,
+                      int64_t end, int64_t C, Accumulate<T>* sums, int64_t pitch) {
+  const Axis &h = source.h, &w = source.w;
+  const int64_t tiles = ceil_div(w.outputs, kGradColumns);
+  const auto add_row = [&]<class TAPS, int ROWS>(TAPS, Tile<ROWS, 0>, int64_t i) {
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t j = w.outputs * tile / tiles, columns = w.outputs * (tile + 1) / tiles - j;
+      source.with_pixels(n, i, j, ROWS, columns, [&](const auto& pixels) {
+        add_pixel_products<TAPS, ROWS>(pixels, h, w, &grad.at(n, 0, i, j), grad.stride_h, grad.stride_w, columns, 0, C,
+                                       sums, pitch);
+      });
+    }
+  };
+  with_3x3<T>(h, w, [&](auto taps) {
+    int64_t i = begin;
+    for (; i + kPixelRows <= end; i += kPixelRows) add_row(taps, Tile<kPixelRows, 0>{}, i);
+    for (; i < end; ++i) add_row(AnyTaps{}, Tile<1, 0>{}, i);
   });
 }
 
@@ -620,15 +607,7 @@ void multiply_images(const Conv2dShape& shape, const Strided4d<const T>& grad, c
       std::fill_n(sums, size, A(0));
       for (int64_t item = all * chunk / chunks; item < all * (chunk + 1) / chunks; ++item) {
         const int64_t n = item / pairs, i = item % pairs * kPixelRows;
-        with_taps<T>(h, w, [&]<class TAPS>(TAPS) {
-          const int64_t rows = std::min<int64_t>(kPixelRows, shape.P - i);
-          for_tiles(i, rows, shape.Q, false, [&]<int ROWS, int COLUMNS>(Tile<ROWS, COLUMNS> tile) {
-            source_pixels.with_pixels(n, tile, [&](const auto& pixels) {
-              add_pixel_products<TAPS, ROWS, COLUMNS>(pixels, h, w, &grad.at(n, 0, tile.i, tile.j), grad.stride_h,
-                                                      grad.stride_w, C, sums, pitch);
-            });
-          });
-        });
+        add_row_products(source_pixels, grad, n, i, std::min(i + kPixelRows, shape.P), C, sums, pitch);
       }
     }
   });
@@ -641,6 +620,226 @@ void multiply_images(const Conv2dShape& shape, const Strided4d<const T>& grad, c
       }
     }
   });
+}
+
+// ---- kernels: NCHW by way of channels_last ---------------------------------------------------------
+
+// L planes of images, n*C + c = first, first + 1, ..., pixel by pixel as vectors. Where there are fewer, the first one
+// stands in for those that are missing.
+template <class T>
+struct PlaneVectors {
+  using A = Accumulate<std::remove_const_t<T>>;
+  static constexpr int64_t L = kLanes<A>;
+
+  T* planes[L];
+  int64_t count, stride_h, W;
+
+  // Of these planes, columns [begin, end).
+  template <class Source>
+  PlaneVectors(const Source& images, int64_t N, int64_t C, int64_t first, int64_t begin, int64_t end)
+      : count(std::min(L, N * C - first)), stride_h(images.stride_h), W(end - begin) {
+    for (int64_t lane = 0; lane < L; ++lane) {
+      const int64_t plane = lane < count ? first + lane : first;
+      planes[lane] = images.at(plane / C, plane % C) + begin;
+    }
+  }
+
+  // to[h - begin][w][lane] = planes[lane][h][w] for rows h in [begin, end); to (end - begin, pitch, L)
+  void load_rows(int64_t begin, int64_t end, int64_t pitch, A* to) const {
+    const int64_t gap = (pitch - W) * L;
+    int64_t left = W;  // pixels to come of this row
+    for (int64_t row = begin; row < end; row += stride_h == W ? end - begin : 1) {
+      const int64_t first = row * stride_h, last = first + (stride_h == W ? end - begin : 1) * W;
+      for (int64_t offset = first; offset < last; offset += L) {
+        const int64_t pixels = std::min(L, last - offset);
+        Vector<A> lanes[L];
+#pragma GCC unroll 16
+        for (int lane = 0; lane < L; ++lane) lanes[lane] = load_as<A>(planes[lane] + offset, pixels);
+        transpose<A>(lanes);
+        if (left > L && pixels == L) {
+#pragma GCC unroll 16
+          for (int pixel = 0; pixel < L; ++pixel) store_vector(to + pixel * L, lanes[pixel]);
+          to += L * L;
+          left -= L;
+          continue;
+        }
+        for (int64_t pixel = 0; pixel < pixels; ++pixel, to += L) {
+          store_vector(to, lanes[pixel]);
+          if (--left == 0) to += gap, left = W;
+        }
+      }
+    }
+  }
+
+  // planes[lane][h][w] = from[h - begin][w][lane]; from (end - begin, W, L), and as many vectors again behind it
+  void store_rows(int64_t begin, int64_t end, const A* from) const {
+    for (int64_t row = begin; row < end; row += stride_h == W ? end - begin : 1) {
+      const int64_t first = row * stride_h, last = first + (stride_h == W ? end - begin : 1) * W;
+      for (int64_t offset = first; offset < last; offset += L) {
+        const int64_t pixels = std::min(L, last - offset);
+        Vector<A> lanes[L];
+#pragma GCC unroll 16
+        for (int pixel = 0; pixel < L; ++pixel) lanes[pixel] = load_vector(from + pixel * L);
+        from += pixels * L;
+        transpose<A>(lanes);
+        if (count == L && pixels == L) {
+#pragma GCC unroll 16
+          for (int lane = 0; lane < L; ++lane) store_as<A>(planes[lane] + offset, lanes[lane]);
+        } else {
+          for (int64_t lane = 0; lane < count; ++lane) store_as<A>(planes[lane] + offset, pixels, lanes[lane]);
+        }
+      }
+    }
+  }
+};
+
+// The lowest and the highest source position, relative to i*step, that output i of any of the axes reads.
+struct Span {
+  int64_t low = 0, high = 0;
+
+  explicit Span(const std::vector<Axis>& axes) {
+    bool empty = true;
+    for (const Axis& axis : axes) {
+      if (axis.taps == 0) continue;
+      const int64_t last = axis.first + (axis.taps - 1) * axis.spacing;
+      low = empty ? axis.first : std::min(low, axis.first);
+      high = empty ? last : std::max(high, last);
+      empty = false;
+    }
+  }
+};
+
+// What `count` outputs of any of the axes, from i on, read of the source, with zeros where that is outside of it.
+struct Window {
+  int64_t first, size;  // source positions [first, first + size), ...
+  int64_t begin, end;   // ... of which these lie inside
+
+  Window(const std::vector<Axis>& axes, int64_t i, int64_t count) {
+    const Span span(axes);
+    first = i * axes[0].step + span.low;
+    size = (count - 1) * axes[0].step + span.high - span.low + 1;
+    end = std::clamp(axes[0].source, first, first + size);
+    begin = std::clamp<int64_t>(0, first, end);
+  }
+
+  // The axis of `outputs` outputs from i on that finds this window as its source.
+  Axis of(Axis axis, int64_t i, int64_t outputs) const {
+    axis.first += i * axis.step - first;
+    axis.outputs = outputs;
+    axis.source = size;
+    return axis;
+  }
+};
+
+// Fills the window h x w of the planes, at `to` (h.size, w.size, L). Zeros left and right stay from before.
+template <class T, class A>
+void load_window(const PlaneVectors<const T>& planes, const Window& h, const Window& w, A* to) {
+  const int64_t row = w.size * kLanes<A>, above = h.begin - h.first, inside = h.end - h.begin;
+  std::fill_n(to, above * row, A(0));
+  planes.load_rows(h.begin, h.end, w.size, to + above * row + (w.begin - w.first) * kLanes<A>);
+  std::fill(to + (above + inside) * row, to + h.size * row, A(0));
+}
+
+// Of I rows of outputs, cut into blocks of about the same size that fit into cache.
+int64_t rows_of_block(int64_t I, int64_t row_bytes) {
+  return ceil_div(I, ceil_div(I, std::max<int64_t>(kPixelRows, kBlockBytes / row_bytes)));
+}
+
+// target (N, C, H, W) = bias + sums over the source, for all phases hs x ws, for a vector of planes and a block of rows
+// at a time
+template <class T>
+void sum_plane_vectors(int64_t N, int64_t C, const std::vector<Axis>& hs, const std::vector<Axis>& ws,
+                       const Strided4d<const T>& source, const Strided4d<const T>& weight, const T* bias,
+                       int64_t bias_stride, int64_t H, int64_t W, const Strided4d<T>& target) {
+  using A = Accumulate<T>;
+  constexpr int64_t L = kLanes<A>;
+  const int64_t I = hs[0].outputs, place_step = hs[0].place_step, source_W = ws[0].source;
+  const int64_t taps = taps_of(hs) * taps_of(ws);
+  const int64_t row_bytes = (hs[0].step * source_W + place_step * W) * L * sizeof(A);
+  const int64_t block_rows = rows_of_block(I, row_bytes), blocks = ceil_div(I, block_rows);
+  const int64_t vectors = ceil_div(N * C, L);
+  const Window columns(ws, 0, ws[0].outputs);
+  const int64_t size = Window(hs, 0, block_rows).size * columns.size * L;
+  parallel_for(vectors * blocks, grain_of(block_rows * ws[0].outputs * taps * L), [&](int64_t begin, int64_t end) {
+    Scratch<A> from(size), to((block_rows * place_step * W + L) * L), factors(taps * L), offsets(L);
+    std::fill_n(from.data(), size, A(0));
+    std::vector<const A*> table;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task / blocks * L, i = task % blocks * block_rows;
+      const Window rows(hs, i, std::min(block_rows, I - i));
+      const PlaneVectors<const T> planes(source, N, C, first, columns.begin, columns.end);
+      load_window(planes, rows, columns, from.data());
+      gather_bias(bias, bias_stride, C, first, planes.count, L, offsets.data());
+      const Strided4d<const A> pixels{from.data(), 0, 1, columns.size * L, L};
+      const Strided4d<A> results{to.data(), 0, 1, W * L, L};
+      for (const Axis& axis_h : hs) {
+        const Axis h = rows.of(axis_h, i, std::min(block_rows, axis_h.outputs - i));
+        for (const Axis& axis_w : ws) {
+          const Axis w = columns.of(axis_w, 0, axis_w.outputs);
+          gather_weights(weight, C, first, planes.count, h, w, L, factors.data());
+          const PixelSource<A> inside{pixels, nullptr, h, w, table};
+          sum_pixel_rows(inside, 0, 0, h.outputs, L, factors.data(), L, offsets.data(), results);
+        }
+      }
+      const PlaneVectors<T> targets(target, N, C, first, 0, W);
+      targets.store_rows(i * place_step, std::min(H, (i + block_rows) * place_step), to.data());
+    }
+  });
+}
+
+// grad_weight for a vector of planes and a block of rows at a time, whose sums are then added in order.
+template <class T>
+void multiply_plane_vectors(const Conv2dShape& shape, const Strided4d<const T>& grad, const Strided4d<const T>& input,
+                            const Strided4d<T>& grad_weight) {
+  using A = Accumulate<T>;
+  constexpr int64_t L = kLanes<A>;
+  const std::vector<Axis> hs = forward_axes_h(shape), ws = forward_axes_w(shape);
+  const int64_t N = shape.N, C = shape.C, taps = shape.R * shape.S;
+  const int64_t row_bytes = (shape.stride_h * shape.W + shape.Q) * L * sizeof(A);
+  const int64_t block_rows = rows_of_block(shape.P, row_bytes), blocks = ceil_div(shape.P, block_rows);
+  const int64_t vectors = ceil_div(N * C, L);
+  const Window columns(ws, 0, shape.Q);
+  const int64_t size = Window(hs, 0, block_rows).size * columns.size * L;
+  Scratch<A> partial(vectors * blocks * taps * L);  // [vector][block][tap][lane]
+  parallel_for(vectors * blocks, grain_of(block_rows * shape.Q * taps * L), [&](int64_t begin, int64_t end) {
+    Scratch<A> from(size), factors(block_rows * shape.Q * L);
+    std::fill_n(from.data(), size, A(0));
+    std::vector<const A*> table;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task / blocks * L, i = task % blocks * block_rows, I = std::min(block_rows, shape.P - i);
+      const Window rows(hs, i, I);
+      load_window(PlaneVectors<const T>(input, N, C, first, columns.begin, columns.end), rows, columns, from.data());
+      PlaneVectors<const T>(grad, N, C, first, 0, shape.Q).load_rows(i, i + I, shape.Q, factors.data());
+      const Axis h = rows.of(hs[0], i, I), w = columns.of(ws[0], 0, shape.Q);
+      const Strided4d<const A> pixels{from.data(), 0, 1, columns.size * L, L};
+      const Strided4d<const A> grads{factors.data(), 0, 1, shape.Q * L, L};
+      const PixelSource<A> inside{pixels, nullptr, h, w, table};
+      A* sums = partial.data() + task * taps * L;
+      std::fill_n(sums, taps * L, A(0));
+      add_row_products(inside, grads, 0, 0, I, L, sums, L);
+    }
+  });
+  parallel_for(C, grain_of(taps * N * blocks), [&](int64_t begin, int64_t end) {
+    Scratch<A> sums(taps);
+    for (int64_t c = begin; c < end; ++c) {
+      std::fill_n(sums.data(), taps, A(0));
+      for (int64_t n = 0; n < N; ++n) {
+        const int64_t plane = n * C + c;
+        const A* of_plane = partial.data() + plane / L * blocks * taps * L + plane % L;
+        for (int64_t block = 0; block < blocks; ++block) {
+          for (int64_t t = 0; t < taps; ++t, of_plane += L) sums.data()[t] += *of_plane;
+        }
+      }
+      store_weights(sums.data(), shape, c, grad_weight);
+    }
+  });
+}
+
+// Whether planes are summed row by row: rows that fill vectors, without gaps between the columns of a tap. Transposing
+// the planes costs less than splitting and interleaving columns, or than vectors half empty.
+template <class T>
+bool by_rows(const Axis& h, const Axis& w) {
+  return h.step == 1 && w.step == 1 && h.place_step == 1 && w.place_step == 1 && w.outputs >= kLanes<Accumulate<T>>;
 }
 
 // Channels lie side by side. (Where both hold, H = W = 1 or C = 1: either is right.)
@@ -661,7 +860,10 @@ void Depthwise::forward(const Conv2dShape& shape, Strided4d<const T> input, Stri
   const bool channels_last = is_channels_last(output);
   const Unstrided<T> images(input, shape.N, shape.C, shape.H, shape.W, channels_last);
   if (channels_last) return sum_images(shape.N, shape.C, hs, ws, images.view(), weight, bias, bias_stride, output);
-  sum_planes(shape.N, shape.C, hs, ws, images.view(), weight, bias, bias_stride, shape.Q, output);
+  if (by_rows<T>(hs[0], ws[0])) {
+    return sum_planes(shape.N, shape.C, hs[0], ws[0], images.view(), weight, bias, bias_stride, output);
+  }
+  sum_plane_vectors(shape.N, shape.C, hs, ws, images.view(), weight, bias, bias_stride, shape.P, shape.Q, output);
 }
 
 template <class T>
@@ -672,7 +874,10 @@ void Depthwise::grad_input(const Conv2dShape& shape, Strided4d<const T> grad, St
   const bool channels_last = is_channels_last(grad_input);
   const Unstrided<T> images(grad, shape.N, shape.C, shape.P, shape.Q, channels_last);
   if (channels_last) return sum_images(shape.N, shape.C, hs, ws, images.view(), weight, bias, bias_stride, grad_input);
-  sum_planes(shape.N, shape.C, hs, ws, images.view(), weight, bias, bias_stride, shape.W, grad_input);
+  if (by_rows<T>(hs[0], ws[0])) {
+    return sum_planes(shape.N, shape.C, hs[0], ws[0], images.view(), weight, bias, bias_stride, grad_input);
+  }
+  sum_plane_vectors(shape.N, shape.C, hs, ws, images.view(), weight, bias, bias_stride, shape.H, shape.W, grad_input);
 }
 
 template <class T>
@@ -683,7 +888,10 @@ void Depthwise::grad_weight(const Conv2dShape& shape, Strided4d<const T> grad, S
   const Unstrided<T> images(input, shape.N, shape.C, shape.H, shape.W, channels_last);
   const Unstrided<T> grads(grad, shape.N, shape.C, shape.P, shape.Q, channels_last);
   if (channels_last) return multiply_images(shape, grads.view(), images.view(), grad_weight);
-  multiply_planes(shape, grads.view(), images.view(), grad_weight);
+  if (by_rows<T>(forward_axes_h(shape)[0], forward_axes_w(shape)[0])) {
+    return multiply_planes(shape, grads.view(), images.view(), grad_weight);
+  }
+  multiply_plane_vectors(shape, grads.view(), images.view(), grad_weight);
 }
 
 #define DLKERNELS_INSTANTIATE(T)                                                                                     \
