@@ -25,7 +25,10 @@ void with_strategy(Strategy strategy, const Run& run) {
 }
 
 // The one chooser: by shape and memory format, never by thread count or alignment, so that the bits stay the same.
-Strategy choose(const Conv2dShape&, bool /*channels_last*/) { return Strategy::kDirect; }
+Strategy choose(const Conv2dShape& shape, bool /*channels_last*/) {
+  if (Winograd::can(shape) && Winograd::pays(shape)) return Strategy::kWinograd;
+  return Strategy::kDirect;
+}
 
 struct CpuConv2d : CpuKernels {
   explicit CpuConv2d(const torch::stable::Tensor& input, Strategy forced = Strategy::kCount)

@@ -1,6 +1,7 @@
 // conv2d by Winograd's F(2 x 2, 3 x 3): 3 x 3 kernels, stride 1.
 //
-//   Y = A^T [(G g G^T) * (B^T d B)] A      g: 3 x 3 weights   d: 4 x 4 inputs   Y: 2 x 2 outputs   *: element by element
+//   Y = A^T [(G g G^T) * (B^T d B)] A      g: 3 x 3 weights   d: 4 x 4 inputs   Y: 2 x 2 outputs   *: element by
+//   element
 //
 //         1  0 -1  0           1   0   0
 //   B^T = 0  1  1  0     G =  1/2 1/2 1/2    A^T = 1  1  1  0
@@ -44,7 +45,8 @@ namespace {
 constexpr int kPositions = 16;
 constexpr int64_t kBlockChannels = 64;      // summed before a sum goes to memory; also bounds the rounding errors
 constexpr int64_t kBlockTiles = 48;         // of a task: 16 positions of 64 channels are 196 KB, as many are the sums
-constexpr int64_t kFewTiles = 256;
+constexpr int64_t kSummedTiles = 72;        // the same for grad_weight, whose sums of 64 x 64 channels are 262 KB
+constexpr int64_t kFewTiles = 256;          // up to which it pays that tasks pack their own weights
 constexpr int64_t kEnoughTasks = 8;         // for a handful of threads to share the work evenly
 constexpr int64_t kTaskProducts = 1 << 17;  // multiply-adds (some 2 us) below which a second thread does not pay
 constexpr int64_t kSkew = 16;  // floats between the positions: else all 16 would compete for one set of the first cache
@@ -252,7 +254,8 @@ void transform_tiles(const Tiles<SIZE, T>& tiles, int64_t count, int64_t channel
 
 // Channels cut into blocks of whole vectors.
 struct ChannelBlocks {
-  explicit ChannelBlocks(int64_t channels) : channels(channels), vectors(ceil_div(channels, kFloats), kBlockChannels / kFloats) {}
+  explicit ChannelBlocks(int64_t channels)
+      : channels(channels), vectors(ceil_div(channels, kFloats), kBlockChannels / kFloats) {}
   int64_t count() const { return vectors.count; }
   int64_t first(int64_t block) const { return vectors.begin(block) * kFloats; }
   int64_t pitch(int64_t block) const { return vectors.length(block) * kFloats; }
@@ -377,12 +380,13 @@ bool convolve(const Strided4d<const T>& source, int64_t H, int64_t W, int64_t D,
               const std::vector<Tap>& taps, const WeightOf& weight_of, const T* bias, int64_t bias_stride,
               const Strided4d<T>& target, int64_t N, int64_t P, int64_t Q, int64_t pad_top, int64_t pad_left) {
   const Tiling tiling = {N, ceil_div(P, 2), ceil_div(Q, 2), pad_top, pad_left};
+  if (tiling.count() == 0 || M == 0) return true;
   const PanelCuts<float> panels(M);
   const ChannelBlocks channels(D);
   const int64_t most_width = std::min<int64_t>(kPanelVectors * kFloats, panels.padded());
 
-  // Weights of a panel are [position][channel][column]. Few tiles: each task packs its own, which stay in its cache; one
-  // core reads slowly what another has just written. Many tiles: they are packed before, once for all tasks.
+  // Weights of a panel are [position][channel][column]. Few tiles: each task packs its own, which stay in its cache;
+  // one core reads slowly what another has just written. Many tiles: they are packed before, once for all tasks.
   const bool own = tiling.count() <= kFewTiles;
   const auto weight_position = [&](const Panel& panel) { return D * panel.width + kSkew; };
   const auto weight_offset = [&](int64_t g, const Panel& panel) {
@@ -407,9 +411,14 @@ bool convolve(const Strided4d<const T>& source, int64_t H, int64_t W, int64_t D,
                  });
   }
 
+  // Blocks are whole register tiles; few of them are made of about the same size, and an even number of tasks.
   const int64_t tile_group = tile_rows(kPanelVectors), groups = ceil_div(tiling.count(), tile_group);
-  const int64_t enough = ceil_div(kEnoughTasks, G * panels.count());
-  const Pieces blocks(groups, std::min(kBlockTiles / tile_group, std::max<int64_t>(1, groups / enough)));
+  Pieces blocks(groups, kBlockTiles / tile_group);
+  const int64_t panel_count = G * panels.count();
+  if (blocks.count * panel_count < 2 * kEnoughTasks) {
+    const int64_t even = ceil_div(kEnoughTasks / 2, std::min(panel_count, kEnoughTasks / 2));
+    blocks.count = std::min(groups, ceil_div(blocks.count, even) * even);
+  }
   const int64_t most_tiles = blocks.most() * tile_group;
   std::vector<std::vector<int64_t>> depth(channels.count());
   for (int64_t d = 0; d < channels.count(); ++d) {
@@ -418,59 +427,62 @@ bool convolve(const Strided4d<const T>& source, int64_t H, int64_t W, int64_t D,
   }
 
   std::atomic<bool> finite = true;
-  parallel_for(G * blocks.count * panels.count(), grain_of(most_tiles * kPositions * D * most_width),
-               [&](int64_t begin, int64_t end) {
-    const int64_t sums_position = most_tiles * most_width + kSkew;
-    const int64_t block_size = kPositions * (most_tiles * kBlockChannels + kSkew);
-    Scratch<float> transformed(channels.count() * block_size), sums(kPositions * sums_position);
-    Scratch<float> rows(most_tiles * 4 * most_width), bias_row(most_width);
-    Tiles<4, T> tiles(source, H, W, tiling);
-    Targets<T> targets(target, P, Q, tiling);
-    std::vector<int64_t> row(most_tiles);
-    Scratch<float> own_weights(own ? kPositions * (D * most_width + kSkew) : 0), packed(own ? 9 * kPackedChannels * most_width : 0);
-    int64_t last_block = -1, last_panel = -1;
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t g = task / panels.count() / blocks.count, rest = task % (panels.count() * blocks.count);
-      const int64_t b = own ? rest % blocks.count : rest / panels.count(), p = own ? rest / blocks.count : rest % panels.count();
-      const Panel panel = panels[p];
-      const float* weights_of_panel = own ? own_weights.data() : weights.data() + weight_offset(g, panel);
-      if (own && g * panels.count() + p != last_panel) {
-        last_panel = g * panels.count() + p;
-        for (int64_t i = 0; i < packs.count; ++i) pack(g, panel, i, own_weights.data(), packed);
-      }
-      const int64_t first = blocks.begin(b) * tile_group;
-      const int64_t count = std::min(blocks.length(b) * tile_group, tiling.count() - first);
-      const auto tiles_position = [&](int64_t d) { return count * channels.pitch(d) + kSkew; };
-      if (g * blocks.count + b != last_block) {
-        last_block = g * blocks.count + b;
-        for (int64_t d = 0; d < channels.count(); ++d) {
-          tiles.read(g * D + channels.first(d), channels.length(d), first, first + count);
-          transform_tiles<InputTransform>(tiles, count, channels.length(d), channels.pitch(d), tiles_position(d),
-                                          transformed.data() + d * block_size);
+  parallel_for(
+      G * blocks.count * panels.count(), grain_of(most_tiles * kPositions * D * most_width),
+      [&](int64_t begin, int64_t end) {
+        const int64_t sums_position = most_tiles * most_width + kSkew;
+        const int64_t block_size = kPositions * (most_tiles * kBlockChannels + kSkew);
+        Scratch<float> transformed(channels.count() * block_size), sums(kPositions * sums_position);
+        Scratch<float> rows(most_tiles * 4 * most_width), bias_row(most_width);
+        Tiles<4, T> tiles(source, H, W, tiling);
+        Targets<T> targets(target, P, Q, tiling);
+        std::vector<int64_t> row(most_tiles);
+        Scratch<float> own_weights(own ? kPositions * (D * most_width + kSkew) : 0),
+            packed(own ? 9 * kPackedChannels * most_width : 0);
+        int64_t last_block = -1, last_panel = -1;
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t g = task / panels.count() / blocks.count, rest = task % (panels.count() * blocks.count);
+          const int64_t b = own ? rest % blocks.count : rest / panels.count(),
+                        p = own ? rest / blocks.count : rest % panels.count();
+          const Panel panel = panels[p];
+          const float* weights_of_panel = own ? own_weights.data() : weights.data() + weight_offset(g, panel);
+          if (own && g * panels.count() + p != last_panel) {
+            last_panel = g * panels.count() + p;
+            for (int64_t i = 0; i < packs.count; ++i) pack(g, panel, i, own_weights.data(), packed);
+          }
+          const int64_t first = blocks.begin(b) * tile_group;
+          const int64_t count = std::min(blocks.length(b) * tile_group, tiling.count() - first);
+          const auto tiles_position = [&](int64_t d) { return count * channels.pitch(d) + kSkew; };
+          if (g * blocks.count + b != last_block) {
+            last_block = g * blocks.count + b;
+            for (int64_t d = 0; d < channels.count(); ++d) {
+              tiles.read(g * D + channels.first(d), channels.length(d), first, first + count);
+              transform_tiles<InputTransform>(tiles, count, channels.length(d), channels.pitch(d), tiles_position(d),
+                                              transformed.data() + d * block_size);
+            }
+            targets.point_at(first, first + count);
+          }
+          for (int x = 0; x < kPositions; ++x) {
+            float* sum = sums.data() + x * sums_position;
+            std::fill_n(sum, count * panel.width, 0.0f);
+            for (int64_t d = 0; d < channels.count(); ++d) {
+              for (int64_t t = 0; t < count; ++t) row[t] = t * channels.pitch(d);
+              multiply(count, transformed.data() + d * block_size + x * tiles_position(d), row.data(), depth[d],
+                       weights_of_panel + x * weight_position(panel) + channels.first(d) * panel.width, panel.width,
+                       sum);
+            }
+          }
+          for (int64_t j = 0; j < panel.width; ++j) {
+            const bool has_bias = bias != nullptr && j < panel.count;
+            bias_row.data()[j] = has_bias ? load(bias[(g * M + panel.first + j) * bias_stride]) : 0.0f;
+          }
+          const Panel place = {g * M + panel.first, panel.count, panel.width};
+          if (!write_tiles(sums.data(), sums_position, count, bias_row.data(), place, targets, target.stride_c,
+                           rows.data())) {
+            finite = false;
+          }
         }
-        targets.point_at(first, first + count);
-      }
-      for (int x = 0; x < kPositions; ++x) {
-        float* sum = sums.data() + x * sums_position;
-        std::fill_n(sum, count * panel.width, 0.0f);
-        for (int64_t d = 0; d < channels.count(); ++d) {
-          for (int64_t t = 0; t < count; ++t) row[t] = t * channels.pitch(d);
-          multiply(count, transformed.data() + d * block_size + x * tiles_position(d), row.data(), depth[d],
-                   weights_of_panel + x * weight_position(panel) + channels.first(d) * panel.width,
-                   panel.width, sum);
-        }
-      }
-      for (int64_t j = 0; j < panel.width; ++j) {
-        const bool has_bias = bias != nullptr && j < panel.count;
-        bias_row.data()[j] = has_bias ? load(bias[(g * M + panel.first + j) * bias_stride]) : 0.0f;
-      }
-      const Panel place = {g * M + panel.first, panel.count, panel.width};
-      if (!write_tiles(sums.data(), sums_position, count, bias_row.data(), place, targets, target.stride_c,
-                       rows.data())) {
-        finite = false;
-      }
-    }
-  });
+      });
   return finite;
 }
 
@@ -481,11 +493,12 @@ template <class T>
 bool correlate(const Conv2dShape& shape, const Strided4d<const T>& grad, const Strided4d<const T>& input,
                const Strided4d<T>& grad_weight) {
   const int64_t M = shape.K / shape.G, D = shape.C / shape.G;
+  if (D == 0) return true;
   const int64_t I = ceil_div(shape.P, 2), J = ceil_div(shape.Q, 2);
   const Tiling input_tiling = {shape.N, I, J, shape.pad_top, shape.pad_left}, grad_tiling = {shape.N, I, J, 0, 0};
   const PanelCuts<float> panels(M);
   const ChannelBlocks channels(D);
-  const Pieces blocks(grad_tiling.count(), kBlockTiles);
+  const Pieces blocks(grad_tiling.count(), kSummedTiles);
   const int64_t most_width = std::min<int64_t>(kPanelVectors * kFloats, panels.padded());
   const int64_t tasks = shape.G * panels.count() * channels.count();
   const int64_t chunks = std::clamp(ceil_div(kEnoughTasks, tasks), int64_t(1), std::max<int64_t>(1, blocks.count));
@@ -496,40 +509,42 @@ bool correlate(const Conv2dShape& shape, const Strided4d<const T>& grad, const S
   Scratch<float> kernels(shape.G * panels.count() * chunks * kernel_size);
   const int64_t sums_position = std::min(kBlockChannels, channels.padded()) * most_width + kSkew;
   std::atomic<bool> finite = true;
-  parallel_for(tasks * chunks, grain_of(blocks.count / chunks * kBlockTiles * kPositions * sums_position),
-               [&](int64_t begin, int64_t end) {
-    Scratch<float> inputs(kPositions * (blocks.most() * kBlockChannels + kSkew));
-    Scratch<float> grads(kPositions * (blocks.most() * most_width + kSkew)), sums(kPositions * sums_position);
-    Tiles<4, T> input_tiles(input, shape.H, shape.W, input_tiling);
-    Tiles<2, T> grad_tiles(grad, shape.P, shape.Q, grad_tiling);
-    std::vector<int64_t> row(kBlockChannels), depth;
-    std::iota(row.begin(), row.end(), 0);
-    for (int64_t index = begin; index < end; ++index) {
-      const int64_t chunk = index % chunks, d = index / chunks % channels.count(), pitch = channels.pitch(d);
-      const int64_t g = index / chunks / channels.count() / panels.count();
-      const int64_t p = index / chunks / channels.count() % panels.count();
-      const Panel panel = panels[p];
-      std::fill_n(sums.data(), kPositions * sums_position, 0.0f);
-      for (int64_t b = blocks.count * chunk / chunks; b < blocks.count * (chunk + 1) / chunks; ++b) {
-        const int64_t first = blocks.begin(b), count = blocks.length(b);
-        const int64_t input_position = count * pitch + kSkew, grad_position = count * panel.width + kSkew;
-        input_tiles.read(g * D + channels.first(d), channels.length(d), first, first + count);
-        transform_tiles<InputTransform>(input_tiles, count, channels.length(d), pitch, input_position, inputs.data());
-        grad_tiles.read(g * M + panel.first, panel.count, first, first + count);
-        transform_tiles<GradTransform>(grad_tiles, count, panel.count, panel.width, grad_position, grads.data());
-        depth.resize(count);
-        for (int64_t t = 0; t < count; ++t) depth[t] = t * pitch;
-        for (int x = 0; x < kPositions; ++x) {
-          multiply(channels.length(d), inputs.data() + x * input_position, row.data(), depth,
-                   grads.data() + x * grad_position, panel.width, sums.data() + x * sums_position);
+  parallel_for(
+      tasks * chunks, grain_of(blocks.count / chunks * kSummedTiles * kPositions * sums_position),
+      [&](int64_t begin, int64_t end) {
+        Scratch<float> inputs(kPositions * (blocks.most() * kBlockChannels + kSkew));
+        Scratch<float> grads(kPositions * (blocks.most() * most_width + kSkew)), sums(kPositions * sums_position);
+        Tiles<4, T> input_tiles(input, shape.H, shape.W, input_tiling);
+        Tiles<2, T> grad_tiles(grad, shape.P, shape.Q, grad_tiling);
+        std::vector<int64_t> row(kBlockChannels), depth;
+        std::iota(row.begin(), row.end(), 0);
+        for (int64_t index = begin; index < end; ++index) {
+          const int64_t chunk = index % chunks, d = index / chunks % channels.count(), pitch = channels.pitch(d);
+          const int64_t g = index / chunks / channels.count() / panels.count();
+          const int64_t p = index / chunks / channels.count() % panels.count();
+          const Panel panel = panels[p];
+          std::fill_n(sums.data(), kPositions * sums_position, 0.0f);
+          for (int64_t b = blocks.count * chunk / chunks; b < blocks.count * (chunk + 1) / chunks; ++b) {
+            const int64_t first = blocks.begin(b), count = blocks.length(b);
+            const int64_t input_position = count * pitch + kSkew, grad_position = count * panel.width + kSkew;
+            input_tiles.read(g * D + channels.first(d), channels.length(d), first, first + count);
+            transform_tiles<InputTransform>(input_tiles, count, channels.length(d), pitch, input_position,
+                                            inputs.data());
+            grad_tiles.read(g * M + panel.first, panel.count, first, first + count);
+            transform_tiles<GradTransform>(grad_tiles, count, panel.count, panel.width, grad_position, grads.data());
+            depth.resize(count);
+            for (int64_t t = 0; t < count; ++t) depth[t] = t * pitch;
+            for (int x = 0; x < kPositions; ++x) {
+              multiply(channels.length(d), inputs.data() + x * input_position, row.data(), depth,
+                       grads.data() + x * grad_position, panel.width, sums.data() + x * sums_position);
+            }
+          }
+          float* to = kernels.data() + kernel_of(g * panels.count() + p, chunk) + channels.first(d) * panel.width;
+          if (!transform_sums(sums.data(), sums_position, channels.length(d) * panel.width, to, D * panel.width)) {
+            finite = false;
+          }
         }
-      }
-      float* to = kernels.data() + kernel_of(g * panels.count() + p, chunk) + channels.first(d) * panel.width;
-      if (!transform_sums(sums.data(), sums_position, channels.length(d) * panel.width, to, D * panel.width)) {
-        finite = false;
-      }
-    }
-  });
+      });
 
   if (chunks > 1) {
     parallel_for(shape.G * panels.count() * 9, grain_of(kernel_size / 9 * chunks), [&](int64_t begin, int64_t end) {
@@ -568,8 +583,8 @@ void Winograd::forward(const Conv2dShape& shape, Strided4d<const T> input, Strid
   if constexpr (!std::is_same_v<T, double>) {
     const int64_t M = shape.K / shape.G, D = shape.C / shape.G;
     const auto weight_of = [&](int64_t g) {
-      return WeightView<const T>{weight.at(g * M, 0), weight.stride_n, weight.stride_c, weight.stride_h,
-                                 weight.stride_w,     3,               3};
+      return WeightView<const T>{
+          weight.at(g * M, 0), weight.stride_n, weight.stride_c, weight.stride_h, weight.stride_w, 3, 3};
     };
     if (convolve(input, shape.H, shape.W, D, shape.G, M, taps_of_kernel(false), weight_of, bias, bias_stride, output,
                  shape.N, shape.P, shape.Q, shape.pad_top, shape.pad_left)) {
@@ -585,8 +600,8 @@ void Winograd::grad_input(const Conv2dShape& shape, Strided4d<const T> grad, Str
   if constexpr (!std::is_same_v<T, double>) {
     const int64_t M = shape.C / shape.G, D = shape.K / shape.G;
     const auto weight_of = [&](int64_t g) {
-      return WeightView<const T>{weight.at(g * D, 0), weight.stride_c, weight.stride_n, weight.stride_h,
-                                 weight.stride_w,     3,               3};
+      return WeightView<const T>{
+          weight.at(g * D, 0), weight.stride_c, weight.stride_n, weight.stride_h, weight.stride_w, 3, 3};
     };
     const T* no_bias = nullptr;
     if (convolve(grad, shape.P, shape.Q, D, shape.G, M, taps_of_kernel(true), weight_of, no_bias, 0, grad_input,
