@@ -36,23 +36,11 @@ void with_strategy(Strategy strategy, const Run& run) {
   }
 }
 
-enum class Pass { kForward, kGradInput, kGradWeight };
-
-// Measured: below these, transforms cost more than the multiplications they save.
-bool winograd_pays(const Conv2dShape& shape, Pass pass) {
-  constexpr int64_t kLeastChannels = 32, kLeastTiles = 16, kManyProducts = 256 * 256;
-  const int64_t tiles = shape.N * ceil_div(shape.P, 2) * ceil_div(shape.Q, 2);
-  const int64_t C = shape.C / shape.G, K = shape.K / shape.G;
-  // sums of many products leave the cache before they are transformed back
-  const int64_t least_tiles = pass == Pass::kGradWeight && C * K > kManyProducts ? 2 * kLeastTiles : kLeastTiles;
-  return Winograd::can(shape) && std::min(C, K) >= kLeastChannels && tiles >= least_tiles;
-}
-
 // The one chooser: by shape and memory format, never by thread count or alignment, so that the bits stay the same.
-Strategy choose(const Conv2dShape& shape, Pass pass, bool channels_last) {
+Strategy choose(const Conv2dShape& shape, bool channels_last) {
   if (Depthwise::can(shape)) return Strategy::kDepthwise;
   if (Pointwise::can(shape) && !channels_last) return Strategy::kPointwise;
-  if (winograd_pays(shape, pass)) return Strategy::kWinograd;
+  if (Winograd::can(shape) && Winograd::pays(shape)) return Strategy::kWinograd;
   return Strategy::kDirect;
 }
 
@@ -128,8 +116,7 @@ struct CpuConv2d : CpuKernels {
       forward(shape, x.load(), w.load(), bias == nullptr ? nullptr : offsets.data(), 1, y.view());
       y.store();
     } else {
-      run(shape, Pass::kForward, output,
-          [&](auto strategy) { strategy.forward(shape, input, weight, bias, bias_stride, output); });
+      run(shape, output, [&](auto strategy) { strategy.forward(shape, input, weight, bias, bias_stride, output); });
     }
   }
   template <class T>
@@ -143,7 +130,7 @@ struct CpuConv2d : CpuKernels {
       this->grad_input(shape, dy.load(), w.load(), bias == nullptr ? nullptr : offsets.data(), 1, dx.view());
       dx.store();
     } else {
-      run(shape, Pass::kGradInput, grad_input,
+      run(shape, grad_input,
           [&](auto strategy) { strategy.grad_input(shape, grad, weight, bias, bias_stride, grad_input); });
     }
   }
@@ -156,8 +143,7 @@ struct CpuConv2d : CpuKernels {
       this->grad_weight(shape, dy.load(), x.load(), dw.view());
       dw.store();
     } else {
-      run(shape, Pass::kGradWeight, input,
-          [&](auto strategy) { strategy.grad_weight(shape, grad, input, grad_weight); });
+      run(shape, input, [&](auto strategy) { strategy.grad_weight(shape, grad, input, grad_weight); });
     }
   }
   template <class T>
@@ -174,8 +160,8 @@ struct CpuConv2d : CpuKernels {
   }
 
   template <class T, class Run>
-  void run(const Conv2dShape& shape, Pass pass, const Strided4d<T>& images, const Run& run) const {
-    const Strategy strategy = forced != Strategy::kCount ? forced : choose(shape, pass, images.stride_c == 1);
+  void run(const Conv2dShape& shape, const Strided4d<T>& images, const Run& run) const {
+    const Strategy strategy = forced != Strategy::kCount ? forced : choose(shape, images.stride_c == 1);
     with_strategy(strategy, [&](auto chosen) {
       check(chosen.can(shape), "conv2d: this strategy cannot do this shape");
       run(chosen);

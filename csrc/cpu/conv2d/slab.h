@@ -25,6 +25,17 @@ void copy_run(const T* from, int64_t count, Accumulate<T>* to) {
   }
 }
 
+// to[i*to_stride + j] = from[i + j*stride] for i, j < a vector's lanes: with all sizes known, it stays in registers
+template <class From, class To>
+void transpose_block(const From* from, int64_t stride, To* to, int64_t to_stride) {
+  using A = Accumulate<From>;
+  constexpr int L = kLanes<A>;
+  Vector<A> block[L];
+  for (int j = 0; j < L; ++j) block[j] = load_as<A>(from + j * stride);
+  transpose<A>(block);
+  for (int i = 0; i < L; ++i) store_as<A>(to + i * to_stride, block[i]);
+}
+
 // to[i*to_stride + j] = from[i + j*stride] for i < count, j < rows
 template <class T>
 void copy_transposed(const T* from, int64_t stride, int64_t count, int64_t rows, Accumulate<T>* to, int64_t to_stride) {
@@ -34,6 +45,10 @@ void copy_transposed(const T* from, int64_t stride, int64_t count, int64_t rows,
     const int64_t row_count = std::min(L, rows - j);
     for (int64_t i = 0; i < count; i += L) {
       const int64_t lanes = std::min(L, count - i);
+      if (row_count == L && lanes == L) {
+        transpose_block(from + j * stride + i, stride, to + i * to_stride + j, to_stride);
+        continue;
+      }
       Vector<A> block[L] = {};
       for (int64_t row = 0; row < row_count; ++row) block[row] = load_as<A>(from + (j + row) * stride + i, lanes);
       transpose<A>(block);

@@ -43,9 +43,10 @@ namespace {
 // ---- tuning constants ----------------------------------------------------------------------------
 
 constexpr int kPositions = 16;
-constexpr int64_t kBlockChannels = 64;  // summed before a sum goes to memory; also bounds the rounding errors
-constexpr int64_t kBlockTiles = 48;     // of a task: 16 positions of 64 channels are 196 KB, as many are the sums
-constexpr int64_t kFewTiles = 256;
+constexpr int64_t kBlockChannels = 64;      // summed before a sum goes to memory; also bounds the rounding errors
+constexpr int64_t kBlockTiles = 48;         // of a task: 16 positions of 64 channels are 196 KB, as many are the sums
+constexpr int64_t kSummedTiles = 72;        // the same for grad_weight, whose sums of 64 x 64 channels are 262 KB
+constexpr int64_t kFewTiles = 256;          // up to which it pays that tasks pack their own weights
 constexpr int64_t kEnoughTasks = 8;         // for a handful of threads to share the work evenly
 constexpr int64_t kTaskProducts = 1 << 17;  // multiply-adds (some 2 us) below which a second thread does not pay
 constexpr int64_t kSkew = 16;  // floats between the positions: else all 16 would compete for one set of the first cache
@@ -379,6 +380,7 @@ bool convolve(const Strided4d<const T>& source, int64_t H, int64_t W, int64_t D,
               const std::vector<Tap>& taps, const WeightOf& weight_of, const T* bias, int64_t bias_stride,
               const Strided4d<T>& target, int64_t N, int64_t P, int64_t Q, int64_t pad_top, int64_t pad_left) {
   const Tiling tiling = {N, ceil_div(P, 2), ceil_div(Q, 2), pad_top, pad_left};
+  if (tiling.count() == 0 || M == 0) return true;
   const PanelCuts<float> panels(M);
   const ChannelBlocks channels(D);
   const int64_t most_width = std::min<int64_t>(kPanelVectors * kFloats, panels.padded());
@@ -409,9 +411,14 @@ bool convolve(const Strided4d<const T>& source, int64_t H, int64_t W, int64_t D,
                  });
   }
 
+  // Blocks are whole register tiles; few of them are made of about the same size, and an even number of tasks.
   const int64_t tile_group = tile_rows(kPanelVectors), groups = ceil_div(tiling.count(), tile_group);
-  const int64_t enough = ceil_div(kEnoughTasks, G * panels.count());
-  const Pieces blocks(groups, std::min(kBlockTiles / tile_group, std::max<int64_t>(1, groups / enough)));
+  Pieces blocks(groups, kBlockTiles / tile_group);
+  const int64_t panel_count = G * panels.count();
+  if (blocks.count * panel_count < 2 * kEnoughTasks) {
+    const int64_t even = ceil_div(kEnoughTasks / 2, std::min(panel_count, kEnoughTasks / 2));
+    blocks.count = std::min(groups, ceil_div(blocks.count, even) * even);
+  }
   const int64_t most_tiles = blocks.most() * tile_group;
   std::vector<std::vector<int64_t>> depth(channels.count());
   for (int64_t d = 0; d < channels.count(); ++d) {
@@ -488,11 +495,12 @@ template <class T>
 bool correlate(const Conv2dShape& shape, const Strided4d<const T>& grad, const Strided4d<const T>& input,
                const Strided4d<T>& grad_weight) {
   const int64_t M = shape.K / shape.G, D = shape.C / shape.G;
+  if (D == 0) return true;
   const int64_t I = ceil_div(shape.P, 2), J = ceil_div(shape.Q, 2);
   const Tiling input_tiling = {shape.N, I, J, shape.pad_top, shape.pad_left}, grad_tiling = {shape.N, I, J, 0, 0};
   const PanelCuts<float> panels(M);
   const ChannelBlocks channels(D);
-  const Pieces blocks(grad_tiling.count(), kBlockTiles);
+  const Pieces blocks(grad_tiling.count(), kSummedTiles);
   const int64_t most_width = std::min<int64_t>(kPanelVectors * kFloats, panels.padded());
   const int64_t tasks = shape.G * panels.count() * channels.count();
   const int64_t chunks = std::clamp(ceil_div(kEnoughTasks, tasks), int64_t(1), std::max<int64_t>(1, blocks.count));
@@ -504,7 +512,7 @@ bool correlate(const Conv2dShape& shape, const Strided4d<const T>& grad, const S
   const int64_t sums_position = std::min(kBlockChannels, channels.padded()) * most_width + kSkew;
   std::atomic<bool> finite = true;
   parallel_for(
-      tasks * chunks, grain_of(blocks.count / chunks * kBlockTiles * kPositions * sums_position),
+      tasks * chunks, grain_of(blocks.count / chunks * kSummedTiles * kPositions * sums_position),
       [&](int64_t begin, int64_t end) {
         Scratch<float> inputs(kPositions * (blocks.most() * kBlockChannels + kSkew));
         Scratch<float> grads(kPositions * (blocks.most() * most_width + kSkew)), sums(kPositions * sums_position);
