@@ -4,11 +4,13 @@
 //   ...] grad_input [n, c, h, w] = the same over grad, for each phase of h and w by the stride (stencil.h)
 //   grad_weight[c, r, s]    = sum over n, p, q of grad[n, c, p, q] * input[n, c, p*stride_h - ..., q*stride_w - ...]
 //
-// Who owns what: NCHW: a task owns a block of rows of one plane, packs the source rows it needs into a padded slab in
-// L1, and sums vectors along the columns. channels_last: a task owns some rows of pixels of all channels; vectors run
-// along the channels, and source pixels are read where they lie; those outside the source are a pixel of zeros. Either
-// way a tile of outputs shares the vectors it reads. Passes over memory: each image is read and written once, as long
-// as R rows stay in L2. grad_weight: the sums of fixed chunks of rows, added in order, whatever the thread count.
+// Who owns what: channels_last: a task owns some rows of pixels of all channels; vectors run along the channels, and
+// source pixels are read where they lie; those outside the source are a pixel of zeros. NCHW: a task owns a block of
+// rows of one plane, packs the source rows it needs into a padded slab in L1, and sums vectors along the columns; where
+// that would leave vectors half empty or ask for every second column (short rows, strides), a task owns such a block of
+// a vector's width of planes instead, and transposes it to channels_last and back. Each way a tile of outputs shares
+// the vectors it reads. Passes over memory: each image is read and written once, as long as R rows stay in L2.
+// grad_weight: the sums of fixed stretches of rows, added in order, whatever the thread count.
 #include "depthwise.h"
 
 #include <algorithm>
@@ -23,14 +25,15 @@ namespace {
 
 // ---- tuning constants ----------------------------------------------------------------------------
 
-constexpr int64_t kTaskProducts = 1 << 15;  // multiply-adds (some 2 us) below which a second thread does not pay
-constexpr int64_t kSlabBytes = 20 << 10;    // of padded rows: leaves room in a 32 KiB L1 for what is written
-constexpr int kTileRows = 4;                // NCHW: output rows that share source vectors, ...
-constexpr int kPixelRows = 2,
-              kPixelColumns = 4;            // ... channels_last: output pixels that do; 9 weights stay beside them
-constexpr int64_t kGradColumns = 8;         // channels_last: pixels of grad whose products are summed in registers
-constexpr int64_t kBlockBytes = 128 << 10;  // of planes that lie transposed in L2
-constexpr int64_t kEnoughTasks = 16;        // of grad_weight, for a handful of threads to share the work evenly
+constexpr int64_t kTaskProducts = 1 << 15;        // multiply-adds (some 2 us) below which a second thread does not pay
+constexpr int64_t kEnoughTasks = 16;              // of grad_weight, for a handful of threads to share the work evenly
+constexpr int kTileRows = 4;                      // NCHW: output rows that share source vectors, ...
+constexpr int kPixelRows = 2, kPixelColumns = 4;  // ... channels_last: output pixels that do, beside 9 weights
+constexpr int64_t kSlabBytes = 20 << 10;          // NCHW: padded rows; leaves room in a 32 KiB L1 for what is written
+constexpr int64_t kBlockBytes = 128 << 10;        // of planes that lie transposed in L2
+constexpr int64_t kGradColumns = 8;               // channels_last: pixels of grad whose products registers sum
+constexpr int64_t kBlockChannels = 128;           // channels_last: of a grad_weight task, half a kilobyte side by side
+constexpr int64_t kPixelsPerSum = 16;             // channels_last: that a grad_weight task adds up for each of its sums
 
 int64_t grain_of(int64_t products_per_task) { return std::max<int64_t>(1, kTaskProducts / (products_per_task + 1)); }
 
@@ -74,31 +77,30 @@ void with_taps(const Axis& h, const Axis& w, const Run& run) {
 
 // ---- kernels: NCHW -------------------------------------------------------------------------------
 
-// A block of padded rows, as output (0, 0) of a block and its tap (0, 0) see it.
+// A block of padded rows, as its output (0, 0) and the tap (0, 0) see it.
 template <class A>
 struct BlockOfRows {
   const A* rows;
   int64_t pitch;
-  const int64_t* columns;  // (taps of w): where output column 0 finds each tap
 };
 
-// to[i][j] = bias + sum over r, s of weight[r*S + s] * rows[i*step + r*spacing][columns[s] + j]
+// to[i][j] = bias + sum over r, s of weight[r*S + s] * rows[i + r*spacing_h][j + s*spacing_w]
 // for ROWS rows from i on and `count` columns, at most a vector of them, from j on
 template <class TAPS, int ROWS, class A, class To>
 inline void sum_rows(const BlockOfRows<A>& block, const Axis& h, const Axis& w, const A* weight, A bias, int64_t i,
                      int64_t j, int64_t count, To* to, int64_t to_pitch) {
   Vector<A> sums[ROWS];
   for (auto& sum : sums) sum = Vector<A>{} + bias;
-  const A* rows = block.rows + i * h.step * block.pitch + j;
+  const A* rows = block.rows + i * block.pitch + j;
   if constexpr (TAPS::kKnown) {
 #pragma GCC unroll 16
-    for (int y = 0; y < (ROWS - 1) * TAPS::STEP_H + TAPS::R; ++y) {
+    for (int y = 0; y < ROWS - 1 + TAPS::R; ++y) {
 #pragma GCC unroll 4
       for (int s = 0; s < TAPS::S; ++s) {
-        const Vector<A> x = load_vector(rows + y * block.pitch + block.columns[s]);
+        const Vector<A> x = load_vector(rows + y * block.pitch + s);
 #pragma GCC unroll 4
         for (int o = 0; o < ROWS; ++o) {
-          const int r = y - o * TAPS::STEP_H;
+          const int r = y - o;
           if (r >= 0 && r < TAPS::R) sums[o] += weight[r * TAPS::S + s] * x;
         }
       }
@@ -108,7 +110,7 @@ inline void sum_rows(const BlockOfRows<A>& block, const Axis& h, const Axis& w, 
       for (int64_t s = 0; s < w.taps; ++s, ++weight) {
 #pragma GCC unroll 4
         for (int o = 0; o < ROWS; ++o) {
-          sums[o] += *weight * load_vector(rows + (o * h.step + r * h.spacing) * block.pitch + block.columns[s]);
+          sums[o] += *weight * load_vector(rows + (o + r * h.spacing) * block.pitch + s * w.spacing);
         }
       }
     }
@@ -140,19 +142,19 @@ struct Blocks {
   Slab slab;
   int64_t rows, count;  // output rows of a block; blocks of a plane
 
-  Blocks(const Axis& h, const Axis& w) : h(h), w(w), slab(Slab::of<A>(w.first, w.reach(w.outputs), w.step)) {
-    const int64_t wanted = kSlabBytes / (slab.pitch() * int64_t(sizeof(A)) * h.step);
+  Blocks(const Axis& h, const Axis& w) : h(h), w(w), slab(Slab::of<A>(w.first, w.reach(w.outputs))) {
+    const int64_t wanted = kSlabBytes / (slab.pitch * int64_t(sizeof(A)));
     count = ceil_div(h.outputs, std::max<int64_t>(wanted, kTileRows));
     rows = ceil_div(h.outputs, count);
     count = ceil_div(h.outputs, rows);
   }
-  int64_t slab_size() const { return h.reach(rows) * slab.pitch(); }
+  int64_t slab_size() const { return h.reach(rows) * slab.pitch; }
   int64_t first(int64_t block) const { return block * rows; }
   int64_t outputs(int64_t block) const { return std::min(rows, h.outputs - first(block)); }
 
   template <class T>
   void pack(const T* plane, int64_t stride_h, int64_t block, A* to) const {
-    const int64_t origin = first(block) * h.step + h.first;
+    const int64_t origin = first(block) + h.first;
     pack_rows(slab, plane, stride_h, h.source, w.source, origin, h.reach(outputs(block)), to);
   }
 };
@@ -178,11 +180,10 @@ void sum_planes(int64_t N, int64_t C, const Axis& h, const Axis& w, const Stride
   using A = Accumulate<T>;
   const Blocks<A> blocks(h, w);
   const int64_t taps = h.taps * w.taps;
-  const std::vector<int64_t> columns = blocks.slab.offsets(w);
   parallel_for(N * C * blocks.count, grain_of(blocks.rows * w.outputs * taps), [&](int64_t begin, int64_t end) {
     Scratch<A> packed(blocks.slab_size()), factors(taps);
     std::fill_n(packed.data(), blocks.slab_size(), A(0));
-    const BlockOfRows<A> rows{packed.data(), blocks.slab.pitch(), columns.data()};
+    const BlockOfRows<A> rows{packed.data(), blocks.slab.pitch};
     for (int64_t task = begin; task < end; ++task) {
       const int64_t block = task % blocks.count, plane = task / blocks.count, c = plane % C, n = plane / C;
       blocks.pack(source.at(n, c), source.stride_h, block, packed.data());
@@ -204,22 +205,22 @@ void store_weights(const Accumulate<T>* sums, const Conv2dShape& shape, int64_t 
   }
 }
 
-// sums[r*S + s] += sum over i < ROWS of grad[i][j] * rows[i*STEP_H + r][columns[s] + j], lanes j < count
+// sums[r*S + s] += sum over i < ROWS of grad[i][j] * rows[i + r*spacing_h][j + s*spacing_w], lanes j < count
 template <class TAPS, int ROWS, class T, class A>
 inline void add_products(const BlockOfRows<A>& block, const T* grad, int64_t grad_pitch, int64_t i, int64_t j,
-                         int64_t count, Vector<A>* sums) {
+                         int64_t count, int64_t spacing_w, Vector<A>* sums) {
   Vector<A> factors[ROWS];
   for (int o = 0; o < ROWS; ++o) factors[o] = load_as<A>(grad + (i + o) * grad_pitch + j, count);
-  const A* rows = block.rows + i * TAPS::STEP_H * block.pitch + j;
+  const A* rows = block.rows + i * block.pitch + j;
 #pragma GCC unroll 16
-  for (int y = 0; y < (ROWS - 1) * TAPS::STEP_H + TAPS::R; ++y) {
+  for (int y = 0; y < ROWS - 1 + TAPS::R; ++y) {
 #pragma GCC unroll 4
     for (int s = 0; s < TAPS::S; ++s) {
       // what lies behind the last column may be infinite, and its product with a grad of zero no number
-      const Vector<A> x = load_as<A>(rows + y * block.pitch + block.columns[s], count);
+      const Vector<A> x = load_as<A>(rows + y * block.pitch + s * spacing_w, count);
 #pragma GCC unroll 4
       for (int o = 0; o < ROWS; ++o) {
-        const int r = y - o * TAPS::STEP_H;
+        const int r = y - o;
         if (r >= 0 && r < TAPS::R) sums[r * TAPS::S + s] += factors[o] * x;
       }
     }
@@ -228,7 +229,8 @@ inline void add_products(const BlockOfRows<A>& block, const T* grad, int64_t gra
 
 // sums[r*S + s] (a vector's lanes each) += the same for all of I x J
 template <class TAPS, class T, class A>
-void add_block_products(const BlockOfRows<A>& block, const T* grad, int64_t grad_pitch, int64_t I, int64_t J, A* sums) {
+void add_block_products(const BlockOfRows<A>& block, const T* grad, int64_t grad_pitch, int64_t I, int64_t J,
+                        int64_t spacing_w, A* sums) {
   constexpr int kTaps = TAPS::R * TAPS::S;
   constexpr int64_t L = kLanes<A>;
   Vector<A> block_sums[kTaps] = {};
@@ -236,9 +238,9 @@ void add_block_products(const BlockOfRows<A>& block, const T* grad, int64_t grad
     const int64_t count = std::min(L, J - j);
     int64_t i = 0;
     for (; i + kTileRows <= I; i += kTileRows) {
-      add_products<TAPS, kTileRows>(block, grad, grad_pitch, i, j, count, block_sums);
+      add_products<TAPS, kTileRows>(block, grad, grad_pitch, i, j, count, spacing_w, block_sums);
     }
-    for (; i < I; ++i) add_products<TAPS, 1>(block, grad, grad_pitch, i, j, count, block_sums);
+    for (; i < I; ++i) add_products<TAPS, 1>(block, grad, grad_pitch, i, j, count, spacing_w, block_sums);
   }
   for (int t = 0; t < kTaps; ++t) store_vector(sums + t * L, load_vector(sums + t * L) + block_sums[t]);
 }
@@ -250,11 +252,11 @@ void add_block_products_of(const BlockOfRows<A>& block, const Axis& h, const Axi
   constexpr int64_t L = kLanes<A>;
   for (int64_t r = 0; r < h.taps; ++r) {
     for (int64_t s = 0; s < w.taps;) {
-      const BlockOfRows<A> part{block.rows + r * h.spacing * block.pitch, h.step * block.pitch, block.columns + s};
+      const BlockOfRows<A> part{block.rows + r * h.spacing * block.pitch + s * w.spacing, block.pitch};
       A* part_sums = sums + (r * w.taps + s) * L;
       const bool four = s + 4 <= w.taps;
-      if (four) add_block_products<Taps<1, 4, 1, 1>>(part, grad, grad_pitch, I, w.outputs, part_sums);
-      if (!four) add_block_products<Taps<1, 1, 1, 1>>(part, grad, grad_pitch, I, w.outputs, part_sums);
+      if (four) add_block_products<Taps<1, 4, 1, 1>>(part, grad, grad_pitch, I, w.outputs, w.spacing, part_sums);
+      if (!four) add_block_products<Taps<1, 1, 1, 1>>(part, grad, grad_pitch, I, w.outputs, w.spacing, part_sums);
       s += four ? 4 : 1;
     }
   }
@@ -268,7 +270,6 @@ void multiply_planes(const Conv2dShape& shape, const Strided4d<const T>& grad, c
   constexpr int64_t L = kLanes<A>;
   const Axis h = forward_axes_h(shape)[0], w = forward_axes_w(shape)[0];
   const Blocks<A> blocks(h, w);
-  const std::vector<int64_t> columns = blocks.slab.offsets(w);
   const int64_t C = shape.C, taps = shape.R * shape.S, all = shape.N * blocks.count;
   const int64_t chunks = std::max<int64_t>(1, std::min(all, ceil_div(kEnoughTasks, C)));
   Scratch<A> partial(C * chunks * taps);
@@ -276,7 +277,7 @@ void multiply_planes(const Conv2dShape& shape, const Strided4d<const T>& grad, c
   parallel_for(C * chunks, grain_of(products), [&](int64_t begin, int64_t end) {
     Scratch<A> packed(blocks.slab_size()), sums(taps * L);
     std::fill_n(packed.data(), blocks.slab_size(), A(0));
-    const BlockOfRows<A> rows{packed.data(), blocks.slab.pitch(), columns.data()};
+    const BlockOfRows<A> rows{packed.data(), blocks.slab.pitch};
     for (int64_t task = begin; task < end; ++task) {
       const int64_t c = task / chunks, chunk = task % chunks;
       std::fill_n(sums.data(), taps * L, A(0));
@@ -286,7 +287,7 @@ void multiply_planes(const Conv2dShape& shape, const Strided4d<const T>& grad, c
         const T* factors = grad.at(n, c) + blocks.first(block) * grad.stride_h;
         with_3x3<T>(h, w, [&]<class TAPS>(TAPS) {
           if constexpr (TAPS::kKnown) {
-            add_block_products<TAPS>(rows, factors, grad.stride_h, I, w.outputs, sums.data());
+            add_block_products<TAPS>(rows, factors, grad.stride_h, I, w.outputs, 1, sums.data());
           } else {
             add_block_products_of(rows, h, w, factors, grad.stride_h, I, sums.data());
           }
@@ -586,28 +587,37 @@ void add_row_products(const PixelSource<T>& source, const Strided4d<const T>& gr
   });
 }
 
-// grad_weight, all channels at a time: a task sums over one of `chunks` stretches of the rows of all images.
+// grad_weight for a block of channels at a time: a task sums over one of `chunks` stretches of the rows of all images,
+// long enough to be worth a set of sums of its own.
 template <class T>
 void multiply_images(const Conv2dShape& shape, const Strided4d<const T>& grad, const Strided4d<const T>& input,
                      const Strided4d<T>& grad_weight) {
   using A = Accumulate<T>;
+  constexpr int64_t L = kLanes<A>;
   const Axis h = forward_axes_h(shape)[0], w = forward_axes_w(shape)[0];
-  const int64_t C = shape.C, taps = shape.R * shape.S, pitch = ceil_div(C, int64_t(kLanes<A>)) * kLanes<A>;
+  const int64_t C = shape.C, taps = shape.R * shape.S, pitch = ceil_div(C, L) * L;
   const int64_t pairs = ceil_div(shape.P, int64_t(kPixelRows)), all = shape.N * pairs;
-  const int64_t chunks = std::max<int64_t>(1, std::min(all, kEnoughTasks)), size = taps * pitch;
-  Scratch<A> partial(chunks * size);
+  const int64_t block = ceil_div(ceil_div(C, std::max<int64_t>(1, C / kBlockChannels)), L) * L;
+  const int64_t blocks = ceil_div(C, block), worthwhile = shape.N * shape.P * shape.Q / (kPixelsPerSum * taps);
+  const int64_t chunks =
+      std::clamp<int64_t>(std::min(worthwhile, ceil_div(kEnoughTasks, blocks)), 1, std::max<int64_t>(1, all));
+  Scratch<A> partial(chunks * taps * pitch);
   Scratch<T> zeros(C);
   std::fill_n(zeros.data(), C, T{});
-  const int64_t products = ceil_div(all, chunks) * kPixelRows * shape.Q * taps * C;
-  parallel_for(chunks, grain_of(products), [&](int64_t begin, int64_t end) {
+  const int64_t products = ceil_div(all, chunks) * kPixelRows * shape.Q * taps * block;
+  parallel_for(chunks * blocks, grain_of(products), [&](int64_t begin, int64_t end) {
     std::vector<const T*> table;
-    const PixelSource<T> source_pixels{input, zeros.data(), h, w, table};
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      A* sums = partial.data() + chunk * size;
-      std::fill_n(sums, size, A(0));
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t chunk = task / blocks, c = task % blocks * block, count = std::min(block, C - c);
+      A* sums = partial.data() + chunk * taps * pitch + c;
+      for (int64_t t = 0; t < taps; ++t) std::fill_n(sums + t * pitch, ceil_div(count, L) * L, A(0));
+      Strided4d<const T> pixels = input, grads = grad;
+      pixels.data += c;
+      grads.data += c;
+      const PixelSource<T> source{pixels, zeros.data(), h, w, table};
       for (int64_t item = all * chunk / chunks; item < all * (chunk + 1) / chunks; ++item) {
         const int64_t n = item / pairs, i = item % pairs * kPixelRows;
-        add_row_products(source_pixels, grad, n, i, std::min(i + kPixelRows, shape.P), C, sums, pitch);
+        add_row_products(source, grads, n, i, std::min(i + kPixelRows, shape.P), count, sums, pitch);
       }
     }
   });
@@ -615,7 +625,7 @@ void multiply_images(const Conv2dShape& shape, const Strided4d<const T>& grad, c
     for (int64_t t = 0; t < taps; ++t) {
       for (int64_t c = begin; c < end; ++c) {
         A sum = 0;
-        for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += partial.data()[chunk * size + t * pitch + c];
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += partial.data()[(chunk * taps + t) * pitch + c];
         grad_weight.at(c, 0, t / shape.S, t % shape.S) = store<T>(sum);
       }
     }

@@ -70,37 +70,16 @@ inline std::vector<Axis> gradient_axes_w(const Conv2dShape& shape) {
 
 // ---- rows in cache -------------------------------------------------------------------------------
 
-// How a slab holds rows of one plane: row y is the source's row origin_h + y; its column x, the source's origin_w + x,
-// lies at x % step * phase_pitch + x / step: columns that neighbouring outputs read are neighbours. Zero outside the
-// source, and for a vector's width behind each phase.
+// How a slab holds rows of one plane: row y is the source's row origin_h + y, its column x the source's origin_w + x.
+// Zero outside the source, and for a vector's width behind.
 struct Slab {
-  int64_t origin_w, columns, step;
-  int64_t phase_pitch;
+  int64_t origin_w, columns, pitch;
 
   template <class A>
-  static Slab of(int64_t origin_w, int64_t columns, int64_t step) {
-    return {origin_w, columns, step, ceil_div(columns, step) + kLanes<A>};
-  }
-  int64_t pitch() const { return step * phase_pitch; }
-
-  // Where output 0 finds its tap t in a row; output j finds it j further on.
-  int64_t offset(const Axis& w, int64_t t) const {
-    const int64_t x = w.first + t * w.spacing - origin_w;
-    return x % step * phase_pitch + x / step;
-  }
-  std::vector<int64_t> offsets(const Axis& w) const {
-    std::vector<int64_t> all;
-    for (int64_t t = 0; t < w.taps; ++t) all.push_back(offset(w, t));
-    return all;
+  static Slab of(int64_t origin_w, int64_t columns) {
+    return {origin_w, columns, columns + kLanes<A>};
   }
 };
-
-// to[0, L) = the even, odd[0, L) the odd elements of a, b
-template <class A, int... LANE>
-inline void split_even_odd(Vector<A> a, Vector<A> b, A* even, A* odd, std::integer_sequence<int, LANE...>) {
-  store_vector<A>(even, __builtin_shufflevector(a, b, (2 * LANE)...));
-  store_vector<A>(odd, __builtin_shufflevector(a, b, (2 * LANE + 1)...));
-}
 
 // Fills the row at `to` from a source row (W), unit stride. Its columns outside the source stay: zeros, from before.
 template <class T>
@@ -108,43 +87,22 @@ void pack_row(const Slab& slab, const T* row, int64_t W, Accumulate<T>* to) {
   using A = Accumulate<T>;
   constexpr int64_t L = kLanes<A>;
   const int64_t begin = std::max<int64_t>(0, slab.origin_w), end = std::min(W, slab.origin_w + slab.columns);
-  const int64_t x = begin - slab.origin_w;
   row += begin;
-  const int64_t count = end - begin;
-  // to[(x + i) % step * phase_pitch + (x + i) / step] = row[i]; vectors write zeros behind the end, where zeros belong
-  if (slab.step == 1) {
-    int64_t i = 0;
-    for (; i + L <= count; i += L) store_vector(to + x + i, load_as<A>(row + i));
-    if (i < count) store_vector(to + x + i, load_first_as<A>(row + i, count - i));
-  } else if (slab.step == 2) {
-    A* even = to + x % 2 * slab.phase_pitch + x / 2;
-    A* odd = to + (x + 1) % 2 * slab.phase_pitch + (x + 1) / 2;
-    constexpr std::make_integer_sequence<int, L> lanes;
-    int64_t i = 0;
-    for (; i + 2 * L <= count; i += 2 * L) {
-      split_even_odd<A>(load_as<A>(row + i), load_as<A>(row + i + L), even + i / 2, odd + i / 2, lanes);
-    }
-    if (i < count) {
-      const int64_t rest = count - i;
-      const Vector<A> first = load_as<A>(row + i, std::min(rest, L));
-      const Vector<A> second = rest > L ? load_first_as<A>(row + i + L, rest - L) : Vector<A>{};
-      split_even_odd<A>(first, second, even + i / 2, odd + i / 2, lanes);
-    }
-  } else {
-    for (int64_t i = 0; i < count; ++i) to[(x + i) % slab.step * slab.phase_pitch + (x + i) / slab.step] = load(row[i]);
-  }
+  to += begin - slab.origin_w;
+  int64_t i = 0;
+  for (; i + L <= end - begin; i += L) store_vector(to + i, load_as<A>(row + i));
+  if (i < end - begin) store_vector(to + i, load_first_as<A>(row + i, end - begin - i));  // zeros behind the end
 }
 
 // Fills `rows` rows at `to` from the plane's rows origin_h, origin_h + 1, ...
 template <class T>
 void pack_rows(const Slab& slab, const T* plane, int64_t stride_h, int64_t H, int64_t W, int64_t origin_h, int64_t rows,
                Accumulate<T>* to) {
-  for (int64_t y = 0; y < rows; ++y, to += slab.pitch()) {
-    const int64_t h = origin_h + y;
+  for (int64_t h = origin_h; h < origin_h + rows; ++h, to += slab.pitch) {
     if (h >= 0 && h < H) {
       pack_row(slab, plane + h * stride_h, W, to);
     } else {
-      std::fill_n(to, slab.pitch(), Accumulate<T>(0));
+      std::fill_n(to, slab.pitch, Accumulate<T>(0));
     }
   }
 }
