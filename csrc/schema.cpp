@@ -12,7 +12,7 @@
 
 // ---- schemas ------------------------------------------------------------------------------------
 
-// padding is (top, bottom, left, right); a gradient that output_mask leaves out comes back as None.
+// conv2d's padding is (top, bottom, left, right); a gradient that output_mask leaves out comes back as None.
 STABLE_TORCH_LIBRARY(dlkernels, library) {
   library.def(
       "conv2d(Tensor input, Tensor weight, Tensor? bias, SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, "
@@ -20,6 +20,12 @@ STABLE_TORCH_LIBRARY(dlkernels, library) {
   library.def(
       "conv2d_backward(Tensor grad, Tensor input, Tensor weight, SymInt[2] stride, SymInt[4] padding, "
       "SymInt[2] dilation, SymInt groups, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+  library.def(
+      "conv_transpose2d(Tensor input, Tensor weight, Tensor? bias, SymInt[2] stride, SymInt[2] padding, "
+      "SymInt[2] output_padding, SymInt[2] dilation, SymInt groups) -> Tensor");
+  library.def(
+      "conv_transpose2d_backward(Tensor grad, Tensor input, Tensor weight, SymInt[2] stride, SymInt[2] padding, "
+      "SymInt[2] output_padding, SymInt[2] dilation, SymInt groups, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
   // for tests: by the strategy of that number (csrc/cpu/conv2d/conv2d.cpp), whatever the chooser says
   library.def(
       "conv2d_by(int strategy, Tensor input, Tensor weight, Tensor? bias, SymInt[2] stride, SymInt[4] padding, "

@@ -6,15 +6,24 @@ from typing import Any
 import torch
 
 from ._backend import backend
-from .ops.conv2d import conv2d
+from .ops.conv2d import conv2d, conv_transpose2d
 from .ops.drop_norm import drop_norm
 from .ops.reset_gate_rnn import reset_gate_rnn
-from .testing import DTYPES, compare, conv2d_cases, devices, drop_norm_cases, reset_gate_rnn_cases
+from .testing import (
+    DTYPES,
+    compare,
+    conv2d_cases,
+    conv_transpose2d_cases,
+    devices,
+    drop_norm_cases,
+    reset_gate_rnn_cases,
+)
 
 # An operator, its cases (each makes its inputs and has the other arguments), and the names of the tensors it takes.
 # One kept feature is its own mean: its gradient is 0, and a relative error says nothing.
 OPERATORS = (
     (conv2d, conv2d_cases(), ("input", "weight", "bias")),
+    (conv_transpose2d, conv_transpose2d_cases(), ("input", "weight", "bias")),
     (drop_norm, [case for case in drop_norm_cases() if case.kept != 1], ("input", "keep", "weight", "bias")),
     # a single feature that saturates has a gradient of 0 but for rounding
     (
@@ -33,7 +42,7 @@ def check_all() -> int:
             for dtype in DTYPES:
                 problems = [text for case in cases if (text := _problem(operator, case, names, dtype, device))]
                 label = f"{operator.__name__} {device} {str(dtype).removeprefix('torch.')}"
-                print(f"{label:24} {len(cases) - len(problems)} of {len(cases)} cases right")
+                print(f"{label:29} {len(cases) - len(problems)} of {len(cases)} cases right")
                 print("".join(f"  {problem}\n" for problem in problems), end="")
                 failures += len(problems)
     return failures

@@ -144,10 +144,38 @@ class Conv2dCase:
                 return torch.randint(-2, 3, shape, generator=generator).to(device, dtype)
             return (torch.randn(shape, dtype=torch.float64, generator=generator) * scale).to(device, dtype)
 
-        fan_in = math.prod(self.weight[1:])
         input = draw(*self.input).contiguous(memory_format=memory_format)
-        weight = draw(*self.weight, scale=fan_in**-0.5).contiguous(memory_format=memory_format)
-        return input, weight, draw(self.weight[0]) if self.bias else None
+        weight = draw(*self.weight, scale=self.fan_in**-0.5).contiguous(memory_format=memory_format)
+        return input, weight, draw(self.output_channels) if self.bias else None
+
+    @property
+    def output_channels(self) -> int:
+        return self.weight[0]
+
+    @property
+    def fan_in(self) -> int:
+        """Products that an output pixel sums."""
+        return math.prod(self.weight[1:])
+
+
+@dataclass(frozen=True)
+class ConvTranspose2dCase(Conv2dCase):
+    """One transposed convolution: input is (N, K, P, Q), weight (K, C/G, R, S), output (N, C, H, W)."""
+
+    output_padding: int | tuple = 0
+
+    @property
+    def arguments(self) -> dict:
+        return super().arguments | {"output_padding": self.output_padding}
+
+    @property
+    def output_channels(self) -> int:
+        return self.weight[1] * self.groups
+
+    @property
+    def fan_in(self) -> int:
+        """Products that an output pixel sums where the stride is 1."""
+        return self.weight[0] // self.groups * math.prod(self.weight[2:])
 
 
 # Small, and every one for a reason: each proves that something is not mixed up, skipped or assumed.
@@ -207,6 +235,53 @@ _CONV2D_CASES = (
 def conv2d_cases() -> tuple:
     """The convolutions that tests, benchmarks and `dlkernels check` go through."""
     return _CONV2D_CASES
+
+
+_CONV_TRANSPOSE2D_CASES = (
+    # the everyday layers of decoders
+    ConvTranspose2dCase("4x4_stride_2", (2, 16, 5, 7), (16, 8, 4, 4), stride=2, padding=1),
+    ConvTranspose2dCase("4x4_stride_2_to_image", (2, 32, 9, 8), (32, 3, 4, 4), stride=2, padding=1),
+    ConvTranspose2dCase("2x2_stride_2", (2, 16, 7, 7), (16, 8, 2, 2), stride=2),
+    ConvTranspose2dCase("3x3_stride_2", (2, 8, 6, 6), (8, 12, 3, 3), stride=2, padding=1, output_padding=1),
+    ConvTranspose2dCase("3x3_no_bias", (2, 8, 9, 11), (8, 8, 3, 3), padding=1, bias=False),
+    ConvTranspose2dCase("from_one_pixel", (2, 20, 1, 1), (20, 16, 4, 4), bias=False),
+    ConvTranspose2dCase("1x1", (2, 16, 7, 7), (16, 32, 1, 1)),
+    ConvTranspose2dCase("64_channels", (1, 64, 14, 14), (64, 64, 3, 3), padding=1),
+    # groups
+    ConvTranspose2dCase("groups_2", (2, 8, 7, 7), (8, 6, 3, 3), padding=1, groups=2),
+    ConvTranspose2dCase("groups_odd", (2, 9, 6, 7), (9, 5, 3, 3), stride=2, groups=3),
+    ConvTranspose2dCase("depthwise", (2, 16, 9, 9), (16, 1, 3, 3), padding=1, groups=16),
+    ConvTranspose2dCase("depthwise_stride_2", (2, 8, 6, 6), (8, 1, 4, 4), stride=2, padding=1, groups=8),
+    ConvTranspose2dCase("depthwise_multiplier_3", (2, 4, 5, 6), (4, 3, 3, 3), groups=4),
+    # rows and columns each with their own numbers
+    ConvTranspose2dCase(
+        "asymmetric_all", (2, 6, 7, 8), (6, 2, 3, 2), (2, 3), (1, 2), (3, 1), groups=2, output_padding=(0, 2)
+    ),
+    ConvTranspose2dCase("dilation", (2, 4, 7, 6), (4, 6, 3, 3), dilation=2, padding=2),
+    # output_padding as far as it goes: rows and columns that no input pixel reaches
+    ConvTranspose2dCase("output_padding_below_stride", (2, 4, 4, 5), (4, 3, 2, 2), stride=4, output_padding=3),
+    ConvTranspose2dCase("output_padding_below_dilation", (2, 4, 5, 6), (4, 3, 3, 3), dilation=3, output_padding=2),
+    ConvTranspose2dCase("1x1_output_padding", (2, 16, 6, 7), (16, 8, 1, 1), dilation=2, output_padding=1),
+    ConvTranspose2dCase("3x3_output_padding", (2, 16, 8, 8), (16, 16, 3, 3), padding=2, dilation=2, output_padding=1),
+    ConvTranspose2dCase("depthwise_output_padding", (2, 8, 6, 7), (8, 1, 3, 3), dilation=2, groups=8, output_padding=1),
+    # sizes that leave tails in every vector width
+    ConvTranspose2dCase("17_to_23_channels", (3, 17, 10, 11), (17, 23, 3, 3), stride=2, padding=1),
+    ConvTranspose2dCase("67x43_map", (1, 5, 67, 43), (5, 7, 3, 3), padding=1),
+    ConvTranspose2dCase("33_to_65_channels_1x1", (1, 33, 5, 7), (33, 65, 1, 1)),
+    ConvTranspose2dCase("width_1", (2, 4, 11, 1), (4, 4, 3, 3), padding=1),
+    # the edges of what is allowed
+    ConvTranspose2dCase("1x1_stride_2", (2, 8, 5, 6), (8, 4, 1, 1), stride=2),
+    ConvTranspose2dCase("stride_larger_than_kernel", (2, 3, 4, 5), (3, 4, 2, 2), stride=(5, 4)),
+    ConvTranspose2dCase("padding_leaves_one_pixel", (2, 4, 5, 5), (4, 6, 3, 3), padding=3),
+    ConvTranspose2dCase("padding_larger_than_kernel", (2, 3, 9, 9), (3, 4, 2, 3), padding=(4, 3)),
+    ConvTranspose2dCase("dilation_larger_than_input", (2, 3, 4, 4), (3, 4, 3, 3), padding=6, dilation=6),
+    ConvTranspose2dCase("empty_batch", (0, 4, 8, 8), (4, 3, 3, 3), padding=1),
+)
+
+
+def conv_transpose2d_cases() -> tuple:
+    """The transposed convolutions that tests, benchmarks and `dlkernels check` go through."""
+    return _CONV_TRANSPOSE2D_CASES
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,18 @@ import pytest
 import torch
 
 import dlkernels
-from dlkernels.bench import cli, conv2d, drop_norm, harness, machine, report, reset_gate_rnn, shapes, split_linear
+from dlkernels.bench import (
+    cli,
+    conv2d,
+    conv_transpose2d,
+    drop_norm,
+    harness,
+    machine,
+    report,
+    reset_gate_rnn,
+    shapes,
+    split_linear,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOFS = machine.Roofs({"FMA float32": 100e9, "AMX bfloat16": 800e9}, 10e9)
@@ -259,6 +270,31 @@ def test_costs_by_hand():
     depthwise = conv2d.Shape(1, 96, 112, 112, 96, 3, 3, stride=2, padding=1, groups=96)
     assert depthwise.flops(backward=False) == 2 * 96 * 56 * 56 * 9
     assert depthwise.name == "1x dw 96 3x3 s2 @112"
+
+
+# ---- conv_transpose2d -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flops", [conv2d.EXACT_FLOPS, 1e4])
+@pytest.mark.parametrize("layout", list(conv2d.FORMATS))
+@pytest.mark.parametrize("direction", conv2d.DIRECTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_conv_transpose2d_rows(layout, direction, dtype, flops, monkeypatch):
+    monkeypatch.setattr(conv_transpose2d, "EXACT_FLOPS", flops)  # the smaller one: compared in parts
+    shape = conv_transpose2d.Shape.of(3, 12, 5, 6, 8, 4, 3, stride=2, padding=1)
+    row = harness.measure(conv_transpose2d.make_case("toys", shape, layout, True, direction, dtype), tick)
+    assert row.refused is None
+    assert 0 < row.error_ours < 2e-2
+
+
+def test_conv_transpose2d_costs_by_hand():
+    # 16 images, 128 -> 64 channels, 4x4 stride 2 padding 1, 16 x 16 -> 32 x 32: every input pixel lays down a kernel
+    shape = conv_transpose2d.Shape.of(16, 128, 16, 16, 64, 4, 4, stride=2, padding=1)
+    assert (shape.input, shape.output) == ((16, 128, 16, 16), (16, 64, 32, 32))
+    assert shape.flops(backward=False) == 2 * 16 * 128 * 16 * 16 * 64 * 16
+    x, w, y = 16 * 128 * 256, 128 * 64 * 16, 16 * 64 * 1024
+    assert shape.bytes(False, True, 4) == 4 * (x + w + y + 64)
+    assert shape.name == "16x 128->64 4x4 s2 p1 @16"
 
 
 # ---- drop_norm ------------------------------------------------------------------------------------

@@ -63,9 +63,9 @@ def results(function, case, inputs, grad=None):
     return dict(zip(("output", *GRADIENTS), (output.detach(), *gradients), strict=False))
 
 
-def random_grad(case, inputs, integers=False):
+def random_grad(case, inputs, integers=False, function=F.conv2d):
     """A gradient of the output's shape, in the inputs' dtype and memory format."""
-    output = F.conv2d(*inputs, **case.arguments)
+    output = function(*inputs, **case.arguments)
     values = torch.randint(-2, 3, output.shape) if integers else torch.randn(output.shape, dtype=torch.float64)
     return torch.empty_like(output).copy_(values)
 

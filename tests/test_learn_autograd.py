@@ -75,6 +75,7 @@ OPERATIONS = {
     "vector_matmul": (lambda a, b: a @ b, None, [(3,), (3, 4)]),
     "vector_vector": (lambda a, b: a @ b, None, [(3,), (3,)]),
     "matmul_batch": (lambda a, b: a @ b, None, [(5, 2, 3), (5, 3, 4)]),
+    "broadcast_to_tuple": (lambda a: a.broadcast_to((4, 2, 3)), lambda a: a.expand(4, 2, 3), [(2, 1)]),
     "matmul_broadcast": (lambda a, b: a @ b, None, [(5, 1, 2, 3), (6, 3, 4)]),
     "matmul_batch_vector": (lambda a, b: a @ b, None, [(5, 2, 3), (3,)]),
     "vector_matmul_batch": (lambda a, b: a @ b, None, [(3,), (5, 3, 2)]),
@@ -92,7 +93,9 @@ OPERATIONS = {
     "max_axes": (lambda a: a.max((0, 2), keepdims=True) * a, lambda a: a.amax((0, 2), True) * a, [(2, 3, 4)]),
     "reshape": (lambda a: a.reshape(4, -1) * 2, None, [(2, 3, 4)]),
     "reshape_to_number": (lambda a: a.reshape(), lambda a: a.reshape(()), [(1, 1)]),
+    "reshape_to_tuple": (lambda a: a.reshape((4, -1)) * 2, None, [(2, 3, 4)]),
     "transposed": (lambda a: a.T.sin(), lambda a: a.mT.sin(), [(2, 3)]),
+    "transpose_to_tuple": (lambda a: a.transpose((2, 0, 1)).exp(), lambda a: a.permute(2, 0, 1).exp(), [(2, 3, 4)]),
     "transpose": (lambda a: a.transpose(2, 0, -2).exp(), lambda a: a.permute(2, 0, -2).exp(), [(2, 3, 4)]),
     "index_number": (lambda a: a[1], None, [(2, 3)]),
     "index_slice": (lambda a: a[::2, 1:], None, [(3, 4)]),
@@ -505,6 +508,11 @@ class TestEngine:
         with pytest.raises(ValueError, match="read-only"):
             x.value += 1
 
+    def test_one_element_is_a_number(self):
+        assert (float(Scalar(2)), float(Tensor([2.0])), float(Tensor(2).sum())) == (2, 2, 2)
+        with pytest.raises(ValueError, match="size 1"):
+            float(Tensor([1.0, 2.0]))
+
     def test_arrays_are_copied_on_the_way_in(self):
         array = np.ones(2)
         x = Tensor(array)
@@ -761,7 +769,9 @@ CASES = {
     "zeros, with replacement": (torch.tensor([0.0, 0.0]), 3, True),
     "zeros in one row, with replacement": (torch.tensor([[1.0, 1.0], [0.0, 0.0]]), 3, True),
     "too many categories": (torch.ones(1).expand(2**24 + 1), 1),
+    "uint16": (torch.tensor([1, 2], dtype=torch.uint16), 1),
     "a list": ([0.1, 0.2], 1),
+    "an array": (np.ones(2), 1),
     "half a sample": (torch.rand(3), 1.5),
     "a truth value of samples": (torch.rand(3), True),
     "a word of samples": (torch.rand(3), "a"),

@@ -317,6 +317,15 @@ class TestErrors:
         if len(sizes) == 1:
             assert outcome(broadcast_to, a, sizes[0]) == outcome(torch.broadcast_to, a, sizes[0])
 
+    @pytest.mark.parametrize("sizes", [(2**63, 3), (3, -(2**70)), (2**63, 2.0)], ids=str)
+    def test_sizes_beyond_64_bits(self, sizes):
+        """Only the first line: a stack trace of C++ follows in torch's."""
+        a = torch.zeros(2)
+        for ours, torchs in ((expand, torch.Tensor.expand), (broadcast_to, torch.broadcast_to)):
+            arguments = (a, *sizes) if ours is expand else (a, sizes)
+            (kind, text), (expected, long_text) = outcome(ours, *arguments), outcome(torchs, *arguments)
+            assert (kind, text.rstrip('"')) == (expected, long_text.splitlines()[0])
+
     @pytest.mark.parametrize(
         "dtype",
         [

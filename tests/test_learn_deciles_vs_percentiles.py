@@ -128,6 +128,9 @@ class TestTabularDataset:
             ({"x": [1], "y": [2]}, {"missing": "zero"}, "mean, drop, error, got 'zero'"),
             ({"x": [1, 2, "abc"], "y": [1, 2, 3]}, {}, "column 'x', row 3: 'abc' is not a finite number; name it in"),
             ({"x": [1, "inf"], "y": [1, 2]}, {}, "column 'x', row 2: 'inf' is not a finite number$"),
+            ({"x": [1, 1e39], "y": [1, 2]}, {}, "column 'x', row 2: '1e\\+39' is too large for torch.float32"),
+            ({"x": [1, 2], "y": [1, "-1e39"]}, {}, "column 'y', row 2: '-1e39' is too large for torch.float32"),
+            ({"x": [10**400], "y": [1]}, {}, "column 'x', row 1: '10{400}' is not a finite number$"),
             ({"x": ["1_000"], "y": [1]}, {}, "column 'x', row 1: '1_000' is not"),
             ({"x": [1, 2], "y": ["low", 2]}, {}, "column 'y', row 1: 'low' is not"),
             ({"x": [1, 2], "y": [1]}, {}, "one length"),
@@ -158,6 +161,9 @@ class TestTabularDataset:
             TabularDataset(tmp_path / "none.csv", "y")
         with pytest.raises(TypeError, match="got int"):
             TabularDataset(3, "y")
+        for argument in ("features", "categorical"):
+            with pytest.raises(TypeError, match=f"{argument} must be a list of names, got the text 'xy'"):
+                TabularDataset({"x": [1], "y": [2]}, "y", **{argument: "xy"})
 
     def test_is_a_dataset(self):
         data = TabularDataset(torch.arange(12.0).reshape(4, 3), 2)
@@ -260,9 +266,11 @@ class TestDataLoader:
         loader = DataLoader(dataset, 4, standardise=Standardiser(dataset.x))
         torch.testing.assert_close(torch.cat([x for x, _ in loader]), Standardiser(dataset.x)(dataset.x))
 
-    def test_refuses_an_empty_batch(self):
-        with pytest.raises(ValueError, match="batch_size should be a positive integer value, but got batch_size=0"):
-            DataLoader(self.dataset(), 0)
+    @pytest.mark.parametrize("batch_size", [0, -1, 2.5, True, "4", None])
+    def test_refuses_what_is_not_a_size(self, batch_size):
+        message = f"batch_size should be a positive integer value, but got batch_size={batch_size}$"
+        with pytest.raises(ValueError, match=message):
+            DataLoader(self.dataset(), batch_size)
 
     def test_the_test_rows_never_touch_the_training_batches(self):
         """The same split, once with absurd values in all test rows: the training batches are the same, bit for bit."""
@@ -394,6 +402,14 @@ class TestQuantile:
             {"x": torch.zeros(2, 3), "dim": 5},
             {"x": torch.tensor(1.0), "dim": 1},
             {"interpolation": "cubic"},
+            # two mistakes at once: the one that torch looks for first is named
+            {"q": 1.5, "interpolation": "cubic"},
+            {"q": torch.tensor(1.5), "interpolation": "cubic"},
+            {"x": torch.zeros(0), "dim": 1},
+            {"x": torch.zeros(0), "q": torch.zeros(2, 2)},
+            {"x": torch.arange(3), "q": torch.zeros(2, 2)},
+            {"x": torch.zeros(0), "q": torch.tensor(0.5, dtype=torch.double)},
+            {"q": torch.tensor(1.5), "dim": 5},
         ],
         ids=str,
     )
@@ -408,7 +424,13 @@ class TestQuantile:
         assert errors[0] == errors[1]
 
     def test_wrong_types(self):
-        for arguments in (([1.0], 0.5), (torch.rand(3), "0.5"), (torch.rand(3), [0.5]), (torch.rand(3), True)):
+        for arguments in (
+            ([1.0], 0.5),
+            (torch.rand(3), "0.5"),
+            (torch.rand(3), [0.5]),
+            (torch.rand(3), True),
+            (torch.rand(3), 0.5, 0.5),
+        ):
             with pytest.raises(TypeError, match=r"quantile\(\)"):
                 quantile(*arguments)
 
@@ -491,7 +513,9 @@ class TestQuantileLabels:
         ("y", "n", "train", "message"),
         [
             (torch.rand(3), 0, None, "at least 1, got 0"),
-            (torch.rand(3, 1), 2, None, r"one dimension, got shape \(3, 1\)"),
+            (torch.rand(3), 2.5, None, "whole number of at least 1, got 2.5"),
+            (torch.rand(3, 1), 2, None, r"one dimension, got torch.float32 of shape \(3, 1\)"),
+            (torch.arange(3), 2, None, "y must be float32 or float64 of one dimension, got torch.int64"),
             (torch.tensor([1.0, NAN]), 2, None, r"y\[1\] is nan"),
             (torch.tensor([float("inf")]), 2, None, r"y\[0\] is inf"),
             (torch.rand(3), 2, torch.zeros(3, dtype=torch.bool), "training row"),

@@ -53,26 +53,47 @@ struct Indirect {
   T at(int m, int64_t l) const { return data[row[m] + depth[l]]; }
 };
 
-// One tile of ROWS rows by VECTORS vectors. Each sum is made in order of l, whatever the tile's size: the same bits.
-//   rows     (depth, ROWS)
-//   columns  (depth, column_stride), the tile's VECTORS vectors first
-//   sums     (ROWS, sum_stride)
+// tile[m][v] += sum over l of rows[l][m] * vector v of columns[l], in order of l whatever the tile's size: the same
+// bits.
+//   rows (depth, ROWS), columns (depth, column_stride), the tile's VECTORS vectors first
 template <int ROWS, int VECTORS, class T, class Rows>
-void multiply_tile(int64_t depth, const Rows& rows, const T* columns, int64_t column_stride, T* sums,
-                   int64_t sum_stride) {
-  Vector<T> tile[ROWS][VECTORS] = {};
+inline void sum_tile(int64_t depth, const Rows& rows, const T* columns, int64_t column_stride,
+                     Vector<T> (&tile)[ROWS][VECTORS]) {
   for (int64_t l = 0; l < depth; ++l) {
     Vector<T> column[VECTORS];
     for (int v = 0; v < VECTORS; ++v) column[v] = load_vector(columns + l * column_stride + v * kLanes<T>);
-    // tile[m][j] += rows[l][m] * columns[l][j]
     for (int m = 0; m < ROWS; ++m) {
       for (int v = 0; v < VECTORS; ++v) tile[m][v] += rows.at(m, l) * column[v];
     }
   }
+}
+
+// One tile of ROWS rows by VECTORS vectors, added to sums (ROWS, sum_stride).
+template <int ROWS, int VECTORS, class T, class Rows>
+void multiply_tile(int64_t depth, const Rows& rows, const T* columns, int64_t column_stride, T* sums,
+                   int64_t sum_stride) {
+  Vector<T> tile[ROWS][VECTORS] = {};
+  sum_tile(depth, rows, columns, column_stride, tile);
   for (int m = 0; m < ROWS; ++m) {
     for (int v = 0; v < VECTORS; ++v) {
       T* sum = sums + m * sum_stride + v * kLanes<T>;
       store_vector(sum, load_vector(sum) + tile[m][v]);
+    }
+  }
+}
+
+// The same with each row of sums through a pointer of its own: added to sums[m], or, where there is a `start`, begun
+// from that row and written to sums[m].
+template <int ROWS, int VECTORS, class T>
+void multiply_scattered_tile(int64_t depth, const Indirect<T>& rows, const T* columns, int64_t column_stride,
+                             const T* start, T* const* sums) {
+  Vector<T> tile[ROWS][VECTORS] = {};
+  sum_tile(depth, rows, columns, column_stride, tile);
+  for (int m = 0; m < ROWS; ++m) {
+    for (int v = 0; v < VECTORS; ++v) {
+      T* sum = sums[m] + v * kLanes<T>;
+      const T* before = start != nullptr ? start + v * kLanes<T> : sum;
+      store_vector(sum, load_vector(before) + tile[m][v]);
     }
   }
 }
@@ -103,12 +124,23 @@ Tile<T, Rows> tile_of(int64_t row_count, int64_t vectors) {
 // The most rows of a tile of so many vectors, each row through a pointer of its own.
 constexpr int tile_rows(int vectors) { return std::min(8, (kVectorRegisters - 1 - vectors) / vectors); }
 
+template <class T>
+using ScatteredTile = void (*)(int64_t depth, const Indirect<T>& rows, const T* columns, int64_t column_stride,
+                               const T* start, T* const* sums);
+
+template <int VECTORS, class T, int... ROW>
+ScatteredTile<T> scattered_tile(int64_t row_count, std::integer_sequence<int, ROW...>) {
+  static constexpr ScatteredTile<T> kTiles[] = {&multiply_scattered_tile<ROW + 1, VECTORS, T>...};
+  return kTiles[row_count - 1];
+}
+
+// multiply_scattered_tile for `vectors` <= 4 and `row_count` <= tile_rows(vectors).
 template <class T, int VECTORS = 4>
-Tile<T, Indirect<T>> indirect_tile(int64_t row_count, int64_t vectors) {
+ScatteredTile<T> scattered_tile(int64_t row_count, int64_t vectors) {
   if constexpr (VECTORS > 1) {
-    if (vectors < VECTORS) return indirect_tile<T, VECTORS - 1>(row_count, vectors);
+    if (vectors < VECTORS) return scattered_tile<T, VECTORS - 1>(row_count, vectors);
   }
-  return tile_of<VECTORS, T, Indirect<T>>(row_count, std::make_integer_sequence<int, tile_rows(VECTORS)>{});
+  return scattered_tile<VECTORS, T>(row_count, std::make_integer_sequence<int, tile_rows(VECTORS)>{});
 }
 
 // A panel of `row_count` <= kTileRows rows by `column_count` columns, a multiple of kTileColumns.

@@ -44,13 +44,18 @@ class Shape:
         return (self.W + 2 * self.padding - self.dilation * (self.S - 1) - 1) // self.stride + 1
 
     @property
+    def input(self) -> tuple[int, int, int, int]:
+        return self.N, self.C, self.H, self.W
+
+    @property
+    def output(self) -> tuple[int, int, int, int]:
+        return self.N, self.K, self.P, self.Q
+
+    @property
     def sizes(self) -> tuple[int, int, int]:
         """Elements of the input, the weight and the output."""
-        return (
-            self.N * self.C * self.H * self.W,
-            self.K * (self.C // self.groups) * self.R * self.S,
-            self.N * self.K * self.P * self.Q,
-        )
+        weight = self.K, self.C // self.groups, self.R, self.S
+        return math.prod(self.input), math.prod(weight), math.prod(self.output)
 
     @property
     def name(self) -> str:
@@ -69,7 +74,8 @@ class Shape:
     def bytes(self, backward: bool, bias: bool, itemsize: int) -> float:
         """Forward: X, W, b in, Y out. Backward: X, W, dY in, dX, dW, db out."""
         x, w, y = self.sizes
-        forward, after = x + w + y + bias * self.K, 2 * x + 2 * w + y + bias * self.K
+        b = bias * self.output[1]
+        forward, after = x + w + y + b, 2 * x + 2 * w + y + b
         return itemsize * float(forward + after * backward)
 
     def slots(self, itemsize: int) -> int:
@@ -112,21 +118,24 @@ def make_case(list_, shape: Shape, layout, bias, direction, dtype, device="cpu")
 class Conv2dJob:
     """dlkernels.Conv2d against torch.nn.Conv2d on the same parameters; a backward gives every gradient."""
 
+    layer_name, operator = "Conv2d", "dlkernels::conv2d"
     ours_avoids: tuple[str, ...] = ("aten::convolution", "aten::convolution_backward")
 
     def __init__(self, shape: Shape, layout: str, bias: bool, backward: bool, dtype: torch.dtype, device: str):
         import dlkernels  # here, so that shapes and costs can be read without the native library
 
         s, self.shape, self.backward = shape, shape, backward
-        self.ours_runs: tuple[str, ...] = ("dlkernels::conv2d", "dlkernels::conv2d_backward")[: 1 + backward]
+        self.ours_runs: tuple[str, ...] = (self.operator, f"{self.operator}_backward")[: 1 + backward]
         self.slots = s.slots(dtype.itemsize)
-        arguments = (s.C, s.K, (s.R, s.S), s.stride, s.padding, s.dilation, s.groups, bias)
+        how: dict[str, Any] = {"stride": s.stride, "padding": s.padding, "dilation": s.dilation, "groups": s.groups}
+        arguments = {"kernel_size": (s.R, s.S), "bias": bias} | how
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.torch_layer = torch.nn.Conv2d(*arguments).to(device, dtype)
-            self.torch_layer.to(memory_format=FORMATS[layout])  # type: ignore[call-overload]
-            self.layer = dlkernels.Conv2d(*arguments, device="meta", dtype=dtype)
-            draw = [(torch.randn(s.N, s.C, s.H, s.W), torch.randn(s.N, s.K, s.P, s.Q)) for _ in range(self.slots)]
+            theirs, ours = getattr(torch.nn, self.layer_name), getattr(dlkernels, self.layer_name)
+            self.torch_layer = theirs(s.input[1], s.output[1], **arguments).to(device, dtype)
+            self.torch_layer.to(memory_format=FORMATS[layout])
+            self.layer = ours(s.input[1], s.output[1], **arguments, device="meta", dtype=dtype)
+            draw = [(torch.randn(s.input), torch.randn(s.output)) for _ in range(self.slots)]
         self.layer.weight, self.layer.bias = self.torch_layer.weight, self.torch_layer.bias
         pool = [[t.to(device, dtype).contiguous(memory_format=FORMATS[layout]) for t in pair] for pair in draw]
         self.pool = [(x.requires_grad_(backward), dy) for x, dy in pool]
@@ -181,19 +190,19 @@ class Conv2dJob:
 
     def _images(self, part):
         """The images to look at for this part of the work, and the part of each image that keeps to it."""
-        images = _spread(self.shape.N, part)
+        images = spread(self.shape.N, part)
         return images, min(1.0, part * self.shape.N / len(images))
 
     def _channels(self, part_in, part_out):
         """Input channels, output channels, groups."""
         s = self.shape
         if s.groups == 1:
-            return _spread(s.C, part_in), _spread(s.K, part_out), 1
-        groups = _spread(s.groups, min(part_in, part_out))
+            return spread(s.C, part_in), spread(s.K, part_out), 1
+        groups = spread(s.groups, min(part_in, part_out))
         inside = [groups[:, None] * (size // s.groups) + torch.arange(size // s.groups) for size in (s.C, s.K)]
         return inside[0].flatten(), inside[1].flatten(), len(groups)
 
 
-def _spread(size, part):
+def spread(size, part):
     """Evenly spread indices below size, about this part of them, first and last among them."""
     return torch.linspace(0, size - 1, min(size, max(2, round(size * part)))).long()

@@ -223,7 +223,7 @@ def train(images: data.Images, options: Options) -> Training:
     velocity = [np.zeros(parameter.shape) for parameter in model.parameters]
     random = np.random.default_rng(options.seed)
     batch_size = 32 if len(x) < 10_000 else 128
-    epochs = max(options.pick(3, 1, 1), options.pick(60_000, 40_000, 6000) // len(x))
+    epochs = max(options.pick(3, 1, 1), options.pick(60_000, 40_000, 3000) // len(x))
     total, found = epochs * (len(x) // batch_size), Training()
     for _ in _bar(epochs, "training"):
         order = random.permutation(len(x))
@@ -444,7 +444,7 @@ def _generator(options: Options, stream: int) -> torch.Generator:
 def tell_histograms(options: Options, report: Report) -> None:
     """Do the draws have the right frequencies?"""
     count = options.pick(10**6, 10**6, 10**5)
-    repeats = options.pick(2000, 500, 50)
+    repeats = options.pick(2000, 500, 25)
     weights = WEIGHTS.to(options.device)
     rows, counts = [], {}
     for stream, (name, draw) in enumerate(SAMPLERS.items()):
@@ -643,7 +643,7 @@ def draw_pairs(counts: np.ndarray, exact: np.ndarray, weights: list[int]) -> Any
 
 def tell_cost(options: Options, report: Report) -> None:
     """What a draw costs, and what its table costs, against the number of categories."""
-    sizes = [4**power for power in range(1, options.pick(11, 10, 6) + 1)]
+    sizes = [4**power for power in range(1, options.pick(11, 10, 5) + 1)]
     draws, seconds = options.pick(10**5, 10**5, 10**4), options.pick(200, 30, 5) / 1000
     cost: dict[str, dict[str, list[float]]] = {name: {"draw": [], "setup": []} for name in SAMPLERS}
     for size in (sizes[i] for i in _bar(len(sizes), "categories")):

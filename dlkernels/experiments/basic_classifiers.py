@@ -199,7 +199,7 @@ def train_network(problem: Problem, options: Options, name: str, model: nn.Modul
 
 def plan(examples: int, options: Options) -> Plan:
     """About 60,000 images in the full form, but at least three epochs; less in the others."""
-    epochs = max(options.pick(3, 1, 1), options.pick(60_000, 30_000, 3000) // examples)
+    epochs = max(options.pick(3, 1, 1), options.pick(60_000, 30_000, 1500) // examples)
     return Plan(epochs, batch_size=128 if examples > 10_000 else 32, seed=options.seed)
 
 

@@ -252,7 +252,7 @@ def plan(rows: int, rate: float, options: Options) -> Plan:
     if rows > LARGE:
         return Plan(epochs=25, batch_size=256, learning_rate=rate, seed=options.seed)
     batch_size = min(64, rows // 2 * 2)
-    steps = options.pick(400, 80, 15)
+    steps = options.pick(400, 80, 10)
     return Plan(max(1, steps * batch_size // rows), batch_size, rate, seed=options.seed)
 
 
@@ -321,7 +321,7 @@ def run(options: Options, report: Report) -> None:
     try:
         cross_validate(problem, options, scores)
         swept = sweep(problem, options, scores)
-        luck = single_splits(problem.without, options.pick(400, 200, 20), options)
+        luck = single_splits(problem.without, options.pick(400, 200, 10), options)
     except KeyboardInterrupt:
         report.interrupted = True
         say("Interrupted: writing the report of what is finished.")

@@ -23,6 +23,7 @@ import jinja2
 import matplotlib as mpl
 import torch
 from cycler import cycler
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from dlkernels.experiments import Options, atomic_path
@@ -51,7 +52,8 @@ _STYLE: Any = {
     "lines.linewidth": 2,
     "font.size": 10.5,
     "figure.constrained_layout.use": True,
-    "savefig.dpi": 160,
+    "figure.dpi": 100,
+    "figure.facecolor": "white",
 }
 
 
@@ -145,7 +147,7 @@ class Report:
     def figure(self, name: str, drawn: Figure, caption: str, alternative: str) -> None:
         """Add a figure, saved as `name`.png. `caption` says what to look for, `alternative` what is to be seen."""
         buffer = io.BytesIO()
-        drawn.savefig(buffer, format="png", facecolor="white", metadata={"Software": None})
+        FigureCanvasAgg(drawn).print_png(buffer, metadata={"Software": None})  # savefig would draw everything twice
         self._add(_Picture(name, buffer.getvalue(), caption, alternative))
 
     def write(self) -> Path:

@@ -33,6 +33,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._words import class_name
+
 __all__ = ["broadcast_shapes", "broadcast_tensors", "broadcast_to", "expand", "expand_as", "is_broadcastable"]
 
 
@@ -137,7 +139,7 @@ def expand(a: Tensor, *sizes: Any) -> Tensor:
         (1, 0)
     """
     if not isinstance(a, Tensor):
-        raise TypeError(f"expand(): argument 'a' (position 1) must be Tensor, not {_class_name(a)}")
+        raise TypeError(f"expand(): argument 'a' (position 1) must be Tensor, not {class_name(a)}")
     if not sizes:
         raise TypeError('expand() missing 1 required positional arguments: "size"')
     if len(sizes) == 1 and not _is_int(sizes[0]):
@@ -165,7 +167,7 @@ def expand_as(a: Tensor, b: Tensor) -> Tensor:
         [[1, 1, 1], [2, 2, 2]]
     """
     if not isinstance(b, Tensor):
-        raise TypeError(f"expand_as(): argument 'other' (position 1) must be Tensor, not {_class_name(b)}")
+        raise TypeError(f"expand_as(): argument 'other' (position 1) must be Tensor, not {class_name(b)}")
     return expand(a, b.shape)
 
 
@@ -187,7 +189,7 @@ def broadcast_to(a: Tensor, size: Sequence[int]) -> Tensor:
         (0, 1)
     """
     if not isinstance(a, Tensor):
-        raise TypeError(f"broadcast_to(): argument 'input' (position 1) must be Tensor, not {_class_name(a)}")
+        raise TypeError(f"broadcast_to(): argument 'input' (position 1) must be Tensor, not {class_name(a)}")
     return _expand(a, _as_sizes("broadcast_to", 2, size))
 
 
@@ -246,7 +248,7 @@ def broadcast_tensors(*tensors: Tensor) -> tuple[Tensor, ...]:
     """
     for position, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"expected Tensor as element {position} in argument 0, but got {_class_name(tensor)}")
+            raise TypeError(f"expected Tensor as element {position} in argument 0, but got {class_name(tensor)}")
     common: tuple[int, ...] = ()
     for tensor in tensors:
         common = _common(common, tensor.shape)
@@ -283,29 +285,27 @@ def _is_int(value: Any) -> bool:
     return True
 
 
-def _class_name(value: Any) -> str:
-    """How torch's errors call a value's class: Tensor, list, but numpy.ndarray (classes written in C have a module)."""
-    kind = type(value)
-    written_in_c = not kind.__flags__ & 1 << 9  # Py_TPFLAGS_HEAPTYPE
-    return f"{kind.__module__}.{kind.__name__}" if written_in_c and kind.__module__ != "builtins" else kind.__name__
-
-
 def _as_sizes(function: str, position: int, size: Any) -> list[int]:
     """The sizes as ints, or the TypeError of torch's argument parser."""
     if not isinstance(size, (tuple, list)):
         raise TypeError(
-            f"{function}(): argument 'size' (position {position}) must be tuple of ints, not {_class_name(size)}"
+            f"{function}(): argument 'size' (position {position}) must be tuple of ints, not {class_name(size)}"
         )
     if size and not _is_int(size[0]):
         raise TypeError(
             f"{function}(): argument 'size' (position {position}) must be tuple of ints, but found element of type "
-            f"{_class_name(size[0])} at pos 0"
+            f"{class_name(size[0])} at pos 0"
         )
     for place, value in enumerate(size, start=1):
         if not _is_int(value) and not isinstance(value, bool):
             raise TypeError(
                 f"{function}(): argument 'size' failed to unpack the object at pos {place} with error "
-                f'"type must be tuple of ints,but got {_class_name(value)}"'
+                f'"type must be tuple of ints,but got {class_name(value)}"'
+            )
+        if not -(2**63) <= index(value) < 2**63:
+            raise TypeError(
+                f"{function}(): argument 'size' failed to unpack the object at pos {place} with error "
+                '"Overflow when unpacking long long"'
             )
     return [index(value) for value in size]
 

@@ -79,7 +79,7 @@ class TabularDataset:
         features: names of the columns to predict from, in this order; all but the target by default.
         categorical: names of those among them that are categories and not quantities.
         missing: "mean", "drop" or "error".
-        dtype: of x and y.
+        dtype: floating-point type of x and y.
 
     Attributes:
         x: (N, F) features.
@@ -90,7 +90,9 @@ class TabularDataset:
 
     Raises:
         ValueError: a column that does not exist, a cell that is not a finite number, a row of the wrong length, nothing
-            left; with the column's name and the number of the row (1 is the first below the header).
+            left; with the column's name and the number of the row (1 is the first below the header; empty lines do not
+            count).
+        TypeError: the source is none of these, or `features` or `categorical` is one text and not a list.
         OSError: the file cannot be read.
 
     Example:
@@ -114,6 +116,9 @@ class TabularDataset:
     ) -> None:
         if missing not in MISSING:
             raise ValueError(f"missing must be one of {', '.join(MISSING)}, got {missing!r}")
+        for argument, names in (("features", features), ("categorical", categorical)):
+            if isinstance(names, str):  # a sequence, too, but of letters
+                raise TypeError(f"{argument} must be a list of names, got the text {names!r}")
         columns = _columns(source)
         features = [name for name in columns if name != target] if features is None else list(features)
         for name in (target, *features, *categorical):
@@ -128,10 +133,11 @@ class TabularDataset:
         self.feature_names: list[str] = []
         blocks = []
         for name in features:
-            block, names = _one_hot(name, columns[name]) if name in categorical else _numbers(name, columns[name])
+            column = columns[name]
+            block, names = _one_hot(name, column) if name in categorical else _numbers(name, column, dtype)
             blocks.append(block)
             self.feature_names += names
-        x, y = np.concatenate(blocks, axis=1), _numbers(target, columns[target])[0][:, 0]
+        x, y = np.concatenate(blocks, axis=1), _numbers(target, columns[target], dtype)[0][:, 0]
         kept = self._kept(x, y, missing)
         self.rows = torch.from_numpy(np.flatnonzero(kept) + 1)
         self.x = torch.tensor(x[kept], dtype=dtype)
@@ -226,11 +232,15 @@ def _is_blank(value: Any) -> bool:
     return str(value).strip().lower() in BLANKS or str(value) in ("<NA>", "NaT")
 
 
-def _numbers(name: Any, column: Sequence[Any]) -> tuple[np.ndarray, list[str]]:
+def _numbers(name: Any, column: Sequence[Any], dtype: torch.dtype) -> tuple[np.ndarray, list[str]]:
     """A column as (N, 1) float64, NaN where it is blank; and its name."""
     values = np.empty((len(column), 1))
     for row, cell in enumerate(column):
         values[row, 0] = math.nan if _is_blank(cell) else _number(name, row, cell)
+    too_large = np.flatnonzero(np.abs(values) > torch.finfo(dtype).max)
+    if len(too_large):
+        row = too_large[0]
+        raise ValueError(f"column {str(name)!r}, row {row + 1}: {str(column[row])!r} is too large for {dtype}")
     return values, [str(name)]
 
 
@@ -239,6 +249,8 @@ def _number(name: Any, row: int, cell: Any) -> float:
         value = float(cell)
     except (TypeError, ValueError):
         value = math.nan
+    except OverflowError:  # an int of more than 308 digits
+        value = math.inf
     if math.isfinite(value) and "_" not in str(cell):  # Python would read 1_000
         return value
     hint = "" if isinstance(value, float) and math.isinf(value) else "; name it in categorical, or leave the column out"
@@ -309,7 +321,7 @@ class DataLoader:
         standardise: applied to x of every batch; a :class:`Standardiser` of the training rows, for test batches too.
 
     Raises:
-        ValueError: batch_size is less than 1.
+        ValueError: batch_size is not a whole number of at least 1.
 
     Example:
         >>> dataset = torch.utils.data.TensorDataset(torch.arange(5.0)[:, None], torch.arange(5))
@@ -327,7 +339,7 @@ class DataLoader:
         generator: torch.Generator | None = None,
         standardise: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        if batch_size < 1:
+        if not _is_int(batch_size) or batch_size < 1:
             raise ValueError(f"batch_size should be a positive integer value, but got batch_size={batch_size}")
         self.dataset = dataset
         self.batch_size = batch_size
@@ -424,7 +436,7 @@ def quantile(
 
     Raises:
         RuntimeError, IndexError: where torch.quantile raises it, with its text.
-        TypeError: input is not a tensor, or q neither a number nor a tensor.
+        TypeError: input is not a tensor, q neither a number nor a tensor, or dim neither an int nor None.
 
     Source:
         Hyndman and Fan, Sample quantiles in statistical packages, 1996 (definition 7).
@@ -433,14 +445,9 @@ def quantile(
         >>> quantile(torch.tensor([1.0, 2.0, 4.0]), 0.75)
         tensor(3.)
     """
-    ranks_of = _checked_q(input, q, interpolation)
-    if dim is not None and not -max(1, input.dim()) <= dim < max(1, input.dim()):
-        last = max(1, input.dim()) - 1
-        raise IndexError(f"Dimension out of range (expected to be in range of [{-last - 1}, {last}], but got {dim})")
+    ranks_of = _checked_q(input, q, dim, interpolation)
     values = input.reshape(-1) if dim is None or input.dim() == 0 else input.movedim(dim, -1)
     n = values.shape[-1]
-    if input.numel() == 0:
-        raise RuntimeError("quantile() input tensor must be non-empty")
     rank = (ranks_of if n <= 2**24 else ranks_of.double()) * (n - 1)  # float32 counts to 2^24
     result = _at_rank(values.sort(dim=-1).values, rank, interpolation)  # (..., Q)
     result = torch.where(values.isnan().any(dim=-1, keepdim=True), torch.nan, result).movedim(-1, 0)
@@ -463,36 +470,48 @@ def _at_rank(sorted_values: Tensor, rank: Tensor, interpolation: str) -> Tensor:
     )
 
 
-def _checked_q(input: Tensor, q: float | Tensor, interpolation: str) -> Tensor:
-    """q as a tensor (Q) of input's dtype, after torch.quantile's checks."""
-    for name, value in (("input", input), ("q", q)):
-        if not isinstance(value, Tensor) and (name == "input" or isinstance(value, bool) or not _is_real(value)):
-            expected = "a tensor" if name == "input" else "a number or a tensor"
+def _checked_q(input: Tensor, q: float | Tensor, dim: int | None, interpolation: str) -> Tensor:
+    """q as a tensor (Q) of input's dtype, after torch.quantile's checks, in torch's order."""
+    for name, value, right, expected in (
+        ("input", input, isinstance(input, Tensor), "a tensor"),
+        ("q", q, isinstance(q, Tensor) or _is_real(q), "a number or a tensor"),
+        ("dim", dim, dim is None or _is_int(dim), "an int or None"),
+    ):
+        if not right:
             raise TypeError(f"quantile(): {name} must be {expected}, got {type(value).__name__}")
+    if not isinstance(q, Tensor) and not 0 <= q <= 1:
+        raise RuntimeError(f"quantile() q must be in the range [0, 1] but got {q:g}")
     if interpolation not in INTERPOLATIONS:
         raise RuntimeError(
             "quantile() interpolation must be one of linear, lower, higher, midpoint or nearest, but got "
             f"{interpolation}"
         )
-    if not isinstance(q, Tensor) and not 0 <= q <= 1:
-        raise RuntimeError(f"quantile() q must be in the range [0, 1] but got {q:g}")
+    if input.numel() == 0:
+        raise RuntimeError("quantile() input tensor must be non-empty")
+    if isinstance(q, Tensor) and q.dim() > 1:
+        raise RuntimeError("quantile() q must be a scalar or 1D tensor")
     if input.dtype not in (torch.float32, torch.float64):
         raise RuntimeError("quantile() input tensor must be either float or double dtype")
+    if isinstance(q, Tensor) and q.dtype != input.dtype:
+        raise RuntimeError("quantile() q tensor must be same dtype as the input tensor")
+    if isinstance(q, Tensor) and q.device != input.device:
+        raise RuntimeError("quantile() q tensor must be on the same device as the input tensor")
+    last = max(1, input.dim()) - 1
+    if dim is not None and not -last - 1 <= dim <= last:
+        raise IndexError(f"Dimension out of range (expected to be in range of [{-last - 1}, {last}], but got {dim})")
     if not isinstance(q, Tensor):
         return torch.tensor([q], dtype=input.dtype, device=input.device)
-    if q.dim() > 1:
-        raise RuntimeError("quantile() q must be a scalar or 1D tensor")
-    if q.dtype != input.dtype:
-        raise RuntimeError("quantile() q tensor must be same dtype as the input tensor")
-    if q.device != input.device:
-        raise RuntimeError("quantile() q tensor must be on the same device as the input tensor")
     if q.device.type == "cpu" and not ((q >= 0) & (q <= 1)).all():  # as torch: elsewhere the check would wait
         raise RuntimeError("quantile() q values must be in the range [0, 1]")
     return q.reshape(-1)
 
 
 def _is_real(value: Any) -> bool:
-    return isinstance(value, (int, float, np.integer, np.floating))
+    return _is_int(value) or isinstance(value, (float, np.floating))
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 # ------------------------------------------------------------------------------------------------- quantiles as labels
@@ -523,7 +542,7 @@ def quantile_labels(y: Tensor, n: int, train: Tensor | None = None) -> QuantileL
     class has at least one training row.
 
     Args:
-        y: (N,) float targets.
+        y: (N,) float32 or float64 targets.
         n: how many classes are wanted, at least 1.
         train: which rows the edges come from, (M,) int64 or (N,) bool; None: all. The others are labelled only.
 
@@ -531,16 +550,17 @@ def quantile_labels(y: Tensor, n: int, train: Tensor | None = None) -> QuantileL
         :class:`QuantileLabels`: labels (N,), edges (classes - 1,), and the number of classes.
 
     Raises:
-        ValueError: n is less than 1, y is not (N,), a target is not finite, or there is no training row.
+        ValueError: n is not a whole number of at least 1, y is not (N,) of float32 or float64, a target is not finite,
+            or there is no training row.
 
     Example:
         >>> quantile_labels(torch.tensor([1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 3.0, 4.0]), n=4)
         QuantileLabels(labels=tensor([0, 0, 0, 0, 0, 0, 1, 1]), edges=tensor([2.]), classes=2)
     """
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
-    if y.dim() != 1:
-        raise ValueError(f"y must have one dimension, got shape {tuple(y.shape)}")
+    if not _is_int(n) or n < 1:
+        raise ValueError(f"n must be a whole number of at least 1, got {n}")
+    if y.dim() != 1 or y.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"y must be float32 or float64 of one dimension, got {y.dtype} of shape {tuple(y.shape)}")
     if not y.isfinite().all():
         row = int((~y.isfinite()).nonzero()[0])
         raise ValueError(f"y[{row}] is {y[row].item()}; expected finite targets")

@@ -48,7 +48,8 @@ def differentiable(function: type[Function], op: Any) -> Callable:
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
-    Eager.__name__ = Eager.__qualname__ = function.__name__  # what grad_fn shows
+    shown = Eager._backward_cls  # by grad_fn and by anomaly mode
+    shown.__name__ = shown.__qualname__ = f"{function.__name__}Backward"
     return call
 
 
@@ -174,6 +175,7 @@ def explain(error: Exception, op: str, tensors: Sequence[Any], torch_call: Calla
         with torch.no_grad():
             torch_call()
     except (RuntimeError, TypeError, ValueError) as torchs_own:
-        if "not implemented for" not in str(torchs_own):  # its word for a dtype names no argument
+        # neither its word for a dtype nor oneDNN's "could not create a primitive" names an argument
+        if "not implemented for" not in str(torchs_own) and not str(torchs_own).startswith("could not "):
             return torchs_own
     return error

@@ -45,6 +45,7 @@ Conv2dShape random_shape() {
     const int64_t room_h = s.H + s.pad_top + draw(0, 2) - s.dilation_h * (s.R - 1) - 1;
     const int64_t room_w = s.W + s.pad_left + draw(0, 2) - s.dilation_w * (s.S - 1) - 1;
     s.P = room_h / s.stride_h + 1, s.Q = room_w / s.stride_w + 1;
+    s.H += draw(0, 2), s.W += draw(0, 2);  // as conv_transpose2d's output_padding makes it
     if (room_h >= 0 && room_w >= 0) return s;
   }
 }
@@ -61,17 +62,17 @@ void check(const Conv2dShape& s) {
   const int64_t channels = s.C / s.G, kernels = s.K / s.G;
   Image<T> input({s.N, s.C, s.H, s.W}), weight({s.K, channels, s.R, s.S}), grad({s.N, s.K, s.P, s.Q});
   Image<T> output({s.N, s.K, s.P, s.Q}), grad_input(input), grad_weight(weight);
-  std::vector<T> bias(s.K, store<T>(1)), grad_bias(s.K);
+  std::vector<T> bias(s.K, store<T>(1)), bias_of_input(s.C, store<T>(2)), grad_bias(s.K);
   conv2d_direct<T>(s, input.template view<const T>(), weight.template view<const T>(), bias.data(), 1,
                    output.template view<T>());
-  conv2d_direct_grad_input<T>(s, grad.template view<const T>(), weight.template view<const T>(),
-                              grad_input.template view<T>());
+  conv2d_direct_grad_input<T>(s, grad.template view<const T>(), weight.template view<const T>(), bias_of_input.data(),
+                              1, grad_input.template view<T>());
   conv2d_direct_grad_weight<T>(s, grad.template view<const T>(), input.template view<const T>(),
                                grad_weight.template view<T>());
   conv2d_direct_grad_bias<T>(s, grad.template view<const T>(), grad_bias.data());
 
   // every product of the definition, added where it belongs
-  std::vector<double> y(output.values.size(), 1.0), dx(input.values.size()), dw(weight.values.size()), db(s.K);
+  std::vector<double> y(output.values.size(), 1.0), dx(input.values.size(), 2.0), dw(weight.values.size()), db(s.K);
   const auto index = [](const auto& sizes, int64_t a, int64_t b, int64_t c, int64_t d) {
     return ((a * sizes[1] + b) * sizes[2] + c) * sizes[3] + d;
   };

@@ -1,17 +1,19 @@
-// conv2d on the CPU: which strategy runs, and the operators' registration.
+// conv2d and conv_transpose2d on the CPU: which strategy runs, and the operators' registration.
 #include "../../conv2d.h"
 
 #include <utility>
 
 #include "../pool.h"
+#include "depthwise.h"
 #include "direct.h"
+#include "pointwise.h"
 #include "winograd.h"
 
 namespace dlkernels {
 namespace {
 
 // In the order that `conv2d_by` counts them in.
-enum class Strategy { kDirect, kWinograd, kCount };
+enum class Strategy { kDirect, kPointwise, kDepthwise, kWinograd, kCount };
 
 template <class Run>
 void with_strategy(Strategy strategy, const Run& run) {
@@ -19,14 +21,32 @@ void with_strategy(Strategy strategy, const Run& run) {
     case Strategy::kCount:
     case Strategy::kDirect:
       return run(Direct{});
+    case Strategy::kPointwise:
+      return run(Pointwise{});
+    case Strategy::kDepthwise:
+      return run(Depthwise{});
     case Strategy::kWinograd:
       return run(Winograd{});
   }
 }
 
+enum class Pass { kForward, kGradInput, kGradWeight };
+
+// Measured: below these, transforms cost more than the multiplications they save.
+bool winograd_pays(const Conv2dShape& shape, Pass pass) {
+  constexpr int64_t kLeastChannels = 32, kLeastTiles = 16, kManyProducts = 256 * 256;
+  const int64_t tiles = shape.N * ceil_div(shape.P, 2) * ceil_div(shape.Q, 2);
+  const int64_t C = shape.C / shape.G, K = shape.K / shape.G;
+  // sums of many products leave the cache before they are transformed back
+  const int64_t least_tiles = pass == Pass::kGradWeight && C * K > kManyProducts ? 2 * kLeastTiles : kLeastTiles;
+  return Winograd::can(shape) && std::min(C, K) >= kLeastChannels && tiles >= least_tiles;
+}
+
 // The one chooser: by shape and memory format, never by thread count or alignment, so that the bits stay the same.
-Strategy choose(const Conv2dShape& shape, bool /*channels_last*/) {
-  if (Winograd::can(shape) && Winograd::pays(shape)) return Strategy::kWinograd;
+Strategy choose(const Conv2dShape& shape, Pass pass, bool channels_last) {
+  if (Depthwise::can(shape)) return Strategy::kDepthwise;
+  if (Pointwise::can(shape) && !channels_last) return Strategy::kPointwise;
+  if (winograd_pays(shape, pass)) return Strategy::kWinograd;
   return Strategy::kDirect;
 }
 
@@ -37,17 +57,19 @@ struct CpuConv2d : CpuKernels {
   template <class T>
   void forward(const Conv2dShape& shape, Strided4d<const T> input, Strided4d<const T> weight, const T* bias,
                int64_t bias_stride, Strided4d<T> output) const {
-    run(shape, output, [&](auto strategy) { strategy.forward(shape, input, weight, bias, bias_stride, output); });
+    run(shape, Pass::kForward, output,
+        [&](auto strategy) { strategy.forward(shape, input, weight, bias, bias_stride, output); });
   }
   template <class T>
-  void grad_input(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> weight,
-                  Strided4d<T> grad_input) const {
-    run(shape, grad_input, [&](auto strategy) { strategy.grad_input(shape, grad, weight, grad_input); });
+  void grad_input(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> weight, const T* bias,
+                  int64_t bias_stride, Strided4d<T> grad_input) const {
+    run(shape, Pass::kGradInput, grad_input,
+        [&](auto strategy) { strategy.grad_input(shape, grad, weight, bias, bias_stride, grad_input); });
   }
   template <class T>
   void grad_weight(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> input,
                    Strided4d<T> grad_weight) const {
-    run(shape, input, [&](auto strategy) { strategy.grad_weight(shape, grad, input, grad_weight); });
+    run(shape, Pass::kGradWeight, input, [&](auto strategy) { strategy.grad_weight(shape, grad, input, grad_weight); });
   }
   template <class T>
   void grad_bias(const Conv2dShape& shape, Strided4d<const T> grad, T* grad_bias) const {
@@ -56,8 +78,8 @@ struct CpuConv2d : CpuKernels {
 
  private:
   template <class T, class Run>
-  void run(const Conv2dShape& shape, const Strided4d<T>& images, const Run& run) const {
-    const Strategy strategy = forced_ != Strategy::kCount ? forced_ : choose(shape, images.stride_c == 1);
+  void run(const Conv2dShape& shape, Pass pass, const Strided4d<T>& images, const Run& run) const {
+    const Strategy strategy = forced_ != Strategy::kCount ? forced_ : choose(shape, pass, images.stride_c == 1);
     with_strategy(strategy, [&](auto chosen) {
       check(chosen.can(shape), "conv2d: this strategy cannot do this shape");
       run(chosen);
@@ -108,6 +130,8 @@ Gradients conv2d_backward_by(int64_t strategy, const Tensor& grad, const Tensor&
 STABLE_TORCH_LIBRARY_IMPL(dlkernels, CPU, library) {
   library.impl("conv2d", TORCH_BOX((&conv2d<CpuConv2d, Tensor>)));
   library.impl("conv2d_backward", TORCH_BOX((&conv2d_backward<CpuConv2d, Tensor>)));
+  library.impl("conv_transpose2d", TORCH_BOX((&conv_transpose2d<CpuConv2d, Tensor>)));
+  library.impl("conv_transpose2d_backward", TORCH_BOX((&conv_transpose2d_backward<CpuConv2d, Tensor>)));
   library.impl("conv2d_by", TORCH_BOX(&conv2d_by));
   library.impl("conv2d_backward_by", TORCH_BOX(&conv2d_backward_by));
 }

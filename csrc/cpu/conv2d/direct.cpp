@@ -15,6 +15,7 @@
 #include "direct.h"
 
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "../parallel.h"
@@ -27,6 +28,7 @@ namespace {
 // ---- tuning constants ----------------------------------------------------------------------------
 
 constexpr int64_t kBlockTerms = 288;        // summed before a sum goes to memory: 32 channels of a 3 x 3 kernel
+constexpr int64_t kGradTerms = 640;         // of a task's part of grad_weight, which stays in the second cache
 constexpr int64_t kEnoughTasks = 8;         // for a handful of threads to share the work evenly
 constexpr int64_t kTaskProducts = 1 << 17;  // multiply-adds (some 2 us) below which a second thread does not pay
 
@@ -48,7 +50,23 @@ std::vector<TermBlock> cut_terms(const Gather<T>& gather, const Slab<T>& slab) {
     blocks.push_back({cuts.begin(b), cuts.length(b), {}});
     slab.offsets_of_terms(cuts.begin(b), cuts.length(b), blocks.back().offsets);
   }
+  if (blocks.empty()) blocks.push_back({});  // a sum of nothing is the bias
   return blocks;
+}
+
+// Where the sums of the block's pixels are made, rows[x]: in the target where a panel is all there and lies there side
+// by side (true), else in `sums` (pixels, width).
+template <class T, class A>
+bool rows_of_sums(const std::vector<T*>& places, const Panel& channels, int64_t stride_c, A* sums,
+                  std::vector<A*>& rows) {
+  if constexpr (std::is_same_v<T, A>) {
+    if (stride_c == 1 && channels.count == channels.width) {
+      for (size_t x = 0; x < places.size(); ++x) rows[x] = places[x] + channels.first;
+      return true;
+    }
+  }
+  for (size_t x = 0; x < places.size(); ++x) rows[x] = sums + int64_t(x) * channels.width;
+  return false;
 }
 
 // target[n, g*M + m, i, j] = bias[g*M + m] + sum over d, tap of weight[g*M + m, d, tap] * gathered source; weight_of(g)
@@ -84,35 +102,37 @@ void gather_and_multiply(const Gather<T>& gather, int64_t G, int64_t M, const We
   const Pieces splits(panels.count(), ceil_div(panels.count(), ceil_div(kEnoughTasks, G * blocks)));
   const int64_t products = slab.most_pixels() * splits.most() * kPanelVectors * kLanes<A> * depth;
   parallel_for(G * blocks * splits.count, grain_of(products), [&](int64_t begin, int64_t end) {
-    Scratch<A> pixels(slab.size()), sums(slab.most_pixels() * kPanelVectors * kLanes<A>);
+    Scratch<A> memory(slab.size()), sums(slab.most_pixels() * kPanelVectors * kLanes<A>);
     Scratch<A> own_weight(shared ? 0 : std::max<int64_t>(kBlockTerms, gather.taps.size()) * kPanelVectors * kLanes<A>);
+    A start[kPanelVectors * kLanes<A>];
     std::vector<int64_t> offsets;
     std::vector<T*> places;
+    std::vector<A*> rows(slab.most_pixels());
     for (int64_t task = begin; task < end; ++task) {
       const int64_t split = task % splits.count, g = task / splits.count / blocks;
       const Block block = slab.block(task / splits.count % blocks);
-      slab.fill(g, block, pixels.data());
+      const int64_t pixels = block.pixels();
+      const A* source = slab.gather(g * gather.D, block, memory.data());
       slab.offsets_of_pixels(block, offsets);
       target_of_pixels(target, block, places);
       for (int64_t p = splits.begin(split); p < splits.begin(split + 1); ++p) {
         const Panel panel = panels[p];
+        const Panel channels = {g * M + panel.first, panel.count, panel.width};
         for (int64_t j = 0; j < panel.width; ++j) {
-          const bool has_bias = bias != nullptr && j < panel.count;
-          sums.data()[j] = has_bias ? load(bias[(g * M + panel.first + j) * bias_stride]) : A(0);
+          start[j] = bias != nullptr && j < panel.count ? load(bias[(channels.first + j) * bias_stride]) : A(0);
         }
-        for (int64_t x = 1; x < block.pixels(); ++x) {
-          std::copy_n(sums.data(), panel.width, sums.data() + x * panel.width);
-        }
+        const bool in_place = rows_of_sums(places, channels, target.stride_c, sums.data(), rows);
         const A* columns = packed.data() + (g * panels.padded() + panel.first) * depth;
         for (const TermBlock& term : terms) {
           if (!shared) {
             pack_weight(weight_of(g), panel, gather.taps, term.d, term.count, own_weight.data());
             columns = own_weight.data();
           }
-          multiply(block.pixels(), pixels.data(), offsets.data(), term.offsets, columns, panel.width, sums.data());
+          multiply(pixels, source, offsets.data(), term.offsets, columns, panel.width, panel.width,
+                   &term == terms.data() ? start : nullptr, rows.data());
           columns += term.offsets.size() * panel.width;
         }
-        write_pixels(sums.data(), {g * M + panel.first, panel.count, panel.width}, places, target.stride_c);
+        if (!in_place) write_pixels(sums.data(), channels, places, target.stride_c);
       }
     }
   });
@@ -151,12 +171,27 @@ Gather<T> gather_grad(const Conv2dShape& shape, const Strided4d<const T>& grad, 
   return gather;
 }
 
-// columns[x][j] = grad[pixel x of the block, g*M + first + j], 0 for the padding
+// A matrix in memory, rows `stride` apart.
+template <class A>
+struct Columns {
+  const A* data;
+  int64_t stride;
+};
+
+// columns[x][j] = grad[pixel x of the block, channel + j], 0 for the padding: packed into `columns`, or grad itself
+// where it is such a matrix
 template <class T>
-void pack_grad(const Strided4d<const T>& grad, int64_t channel, const Panel& panel, const Block& block,
-               Accumulate<T>* columns) {
-  if (panel.count < panel.width) std::fill_n(columns, block.pixels() * panel.width, Accumulate<T>(0));
+Columns<Accumulate<T>> grad_columns(const Strided4d<const T>& grad, int64_t channel, const Panel& panel,
+                                    const Block& block, Accumulate<T>* columns) {
+  const Columns<Accumulate<T>> packed = {columns, panel.width};
   const bool rows_join = block.rows == 1 || grad.stride_h == block.columns * grad.stride_w;
+  const bool images_join = block.images == 1 || grad.stride_n == block.rows * block.columns * grad.stride_w;
+  if constexpr (std::is_same_v<T, Accumulate<T>>) {
+    if (grad.stride_c == 1 && rows_join && images_join && panel.count == panel.width) {
+      return {&grad.at(block.n, channel, block.i, block.j), grad.stride_w};
+    }
+  }
+  if (panel.count < panel.width) std::fill_n(columns, block.pixels() * panel.width, Accumulate<T>(0));
   const int64_t run = rows_join ? block.rows * block.columns : block.columns;
   for (int64_t n = 0; n < block.images; ++n) {
     for (int64_t i = 0; i < block.rows; i += run / block.columns) {
@@ -165,6 +200,7 @@ void pack_grad(const Strided4d<const T>& grad, int64_t channel, const Panel& pan
       columns += run * panel.width;
     }
   }
+  return packed;
 }
 
 }  // namespace
@@ -185,11 +221,10 @@ void Direct::forward(const Conv2dShape& shape, Strided4d<const T> input, Strided
 }
 
 template <class T>
-void Direct::grad_input(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> weight,
-                        Strided4d<T> grad_input) {
+void Direct::grad_input(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> weight, const T* bias,
+                        int64_t bias_stride, Strided4d<T> grad_input) {
   if (shape.N == 0 || shape.C == 0) return;
   const int64_t M = shape.C / shape.G, D = shape.K / shape.G;
-  const T* no_bias = nullptr;
   for (int64_t phase_h = 0; phase_h < std::min(shape.stride_h, shape.H); ++phase_h) {
     for (int64_t phase_w = 0; phase_w < std::min(shape.stride_w, shape.W); ++phase_w) {
       const Strided4d<T> pixels_of_phase = {&grad_input.at(0, 0, phase_h, phase_w), grad_input.stride_n,
@@ -201,68 +236,112 @@ void Direct::grad_input(const Conv2dShape& shape, Strided4d<const T> grad, Strid
             return WeightView<const T>{weight.at(g * D, 0), weight.stride_c, weight.stride_n, weight.stride_h,
                                        weight.stride_w,     shape.R,         shape.S};
           },
-          no_bias, 0, pixels_of_phase);
+          bias, bias_stride, pixels_of_phase);
     }
   }
 }
 
-// Tasks own a panel of one group's grad_weight, and one of `chunks` stretches of pixels where there would be too few
-// tasks otherwise; the chunks' sums are then added in order.
+// Channels [first, first + gather.D) of each group at every tap: the rows of a task's part of grad_weight.
+template <class T>
+struct GradPart {
+  int64_t first;
+  Gather<T> gather;
+  Slab<T> slab;
+  std::vector<int64_t> terms;
+
+  GradPart(int64_t first, int64_t D, Gather<T> all) : first(first), gather(with_depth(all, D)), slab(gather) {
+    slab.offsets_of_terms(0, D, terms);
+  }
+  GradPart(const GradPart&) = delete;
+
+ private:
+  static Gather<T> with_depth(Gather<T> gather, int64_t D) {
+    gather.D = D;
+    return gather;
+  }
+};
+
+// Tasks own some channels of a panel of one group's grad_weight, and one of `chunks` stretches of pixels where there
+// would be too few tasks otherwise; the chunks' sums are then added in order.
 template <class T>
 void Direct::grad_weight(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> input,
                          Strided4d<T> grad_weight) {
   if (shape.C == 0) return;
   using A = Accumulate<T>;
   const Gather<T> gather = gather_input(shape, input);
-  const Slab<T> slab(gather);
-  const int64_t M = shape.K / shape.G, D = gather.D, terms = gather.terms();
-  std::vector<int64_t> depth;
-  slab.offsets_of_terms(0, D, depth);
+  const int64_t M = shape.K / shape.G;
+  const Pieces cuts(gather.D, kGradTerms / int64_t(gather.taps.size()));
+  std::vector<std::unique_ptr<GradPart<T>>> parts;
+  for (int64_t i = 0; i < cuts.count; ++i) {
+    parts.push_back(std::make_unique<GradPart<T>>(cuts.begin(i), cuts.length(i), gather));
+  }
   const PanelCuts<A> panels(M);
   const int64_t most_width = std::min<int64_t>(kPanelVectors * kLanes<A>, panels.padded());
-  const int64_t blocks = slab.blocks(), tasks = shape.G * panels.count();
+  const int64_t most_terms = cuts.most() * int64_t(gather.taps.size());
+  const int64_t tasks = shape.G * panels.count() * cuts.count;
+  int64_t blocks = parts[0]->slab.blocks();
+  for (const auto& part : parts) blocks = std::min(blocks, part->slab.blocks());
   const int64_t chunks = std::clamp(ceil_div(kEnoughTasks, tasks), int64_t(1), std::max<int64_t>(1, blocks));
-
-  Scratch<A> partial(tasks * chunks * terms * most_width);
-  const auto sums_of = [&](int64_t task, int64_t chunk) {
-    return partial.data() + (task * chunks + chunk) * terms * most_width;
+  struct Task {
+    const GradPart<T>& part;
+    Panel panel;
+    int64_t g;
   };
-  const int64_t products = blocks / chunks * slab.most_pixels() * terms * most_width;
+  const auto task_of = [&](int64_t task) {
+    return Task{*parts[task % cuts.count], panels[task / cuts.count % panels.count()],
+                task / cuts.count / panels.count()};
+  };
+  const auto finish = [&](const Task& task, const A* sums) {
+    const WeightView<T> view = {grad_weight.at(task.g * M, task.part.first),
+                                grad_weight.stride_n,
+                                grad_weight.stride_c,
+                                grad_weight.stride_h,
+                                grad_weight.stride_w,
+                                shape.R,
+                                shape.S};
+    unpack_weight(sums, task.panel, gather.taps, task.part.gather.D, view);
+  };
+
+  Scratch<A> partial(chunks > 1 ? tasks * chunks * most_terms * most_width : 0);
+  const int64_t products = ceil_div(shape.N * shape.P * shape.Q, chunks) * most_terms * most_width;
   parallel_for(tasks * chunks, grain_of(products), [&](int64_t begin, int64_t end) {
-    Scratch<A> pixels(slab.size()), columns(slab.most_pixels() * most_width);
+    int64_t most_memory = 0, most_pixels = 0;
+    for (const auto& part : parts) {
+      most_memory = std::max(most_memory, part->slab.size());
+      most_pixels = std::max(most_pixels, part->slab.most_pixels());
+    }
+    Scratch<A> memory(most_memory), columns(most_pixels * most_width), own(chunks > 1 ? 0 : most_terms * most_width);
+    const A zeros[kPanelVectors * kLanes<A>] = {};
     std::vector<int64_t> offsets;
+    std::vector<A*> rows(most_terms);
     for (int64_t index = begin; index < end; ++index) {
-      const int64_t task = index / chunks, chunk = index % chunks, g = task / panels.count();
-      const Panel panel = panels[task % panels.count()];
-      A* sums = sums_of(task, chunk);
-      std::fill_n(sums, terms * panel.width, A(0));
-      for (int64_t b = blocks * chunk / chunks; b < blocks * (chunk + 1) / chunks; ++b) {
-        const Block block = slab.block(b);
-        slab.fill(g, block, pixels.data());
-        slab.offsets_of_pixels(block, offsets);
-        pack_grad(grad, g * M + panel.first, panel, block, columns.data());
-        multiply(terms, pixels.data(), depth.data(), offsets, columns.data(), panel.width, sums);
+      const Task task = task_of(index / chunks);
+      const int64_t terms = task.part.terms.size(), width = task.panel.width, chunk = index % chunks;
+      A* sums = chunks > 1 ? partial.data() + index * most_terms * most_width : own.data();
+      for (int64_t l = 0; l < terms; ++l) rows[l] = sums + l * width;
+      if (blocks == 0) std::fill_n(sums, terms * width, A(0));
+      const int64_t blocks_of_part = task.part.slab.blocks(), first = blocks_of_part * chunk / chunks;
+      for (int64_t b = first; b < blocks_of_part * (chunk + 1) / chunks; ++b) {
+        const Block block = task.part.slab.block(b);
+        const A* source = task.part.slab.gather(task.g * gather.D + task.part.first, block, memory.data());
+        task.part.slab.offsets_of_pixels(block, offsets);
+        const auto of_grad = grad_columns(grad, task.g * M + task.panel.first, task.panel, block, columns.data());
+        multiply(terms, source, task.part.terms.data(), offsets, of_grad.data, of_grad.stride, width,
+                 b == first ? zeros : nullptr, rows.data());
       }
+      if (chunks == 1) finish(task, sums);
     }
   });
-
-  parallel_for(tasks, grain_of(terms * most_width * chunks), [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t g = task / panels.count();
-      const Panel panel = panels[task % panels.count()];
-      A* sums = sums_of(task, 0);
+  if (chunks == 1) return;
+  parallel_for(tasks, grain_of(most_terms * most_width * chunks), [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) {
+      const Task task = task_of(index);
+      A* sums = partial.data() + index * chunks * most_terms * most_width;
       for (int64_t chunk = 1; chunk < chunks; ++chunk) {
-        const A* more = sums_of(task, chunk);
-        for (int64_t i = 0; i < terms * panel.width; ++i) sums[i] += more[i];
+        const A* more = sums + chunk * most_terms * most_width;
+        for (int64_t i = 0; i < int64_t(task.part.terms.size()) * task.panel.width; ++i) sums[i] += more[i];
       }
-      const WeightView<T> view = {grad_weight.at(g * M, 0),
-                                  grad_weight.stride_n,
-                                  grad_weight.stride_c,
-                                  grad_weight.stride_h,
-                                  grad_weight.stride_w,
-                                  shape.R,
-                                  shape.S};
-      unpack_weight(sums, panel, gather.taps, D, view);
+      finish(task, sums);
     }
   });
 }
@@ -304,11 +383,12 @@ void conv2d_grad_bias(const Conv2dShape& shape, Strided4d<const T> grad, T* grad
   });
 }
 
-#define DLKERNELS_INSTANTIATE(T)                                                                               \
-  template void Direct::forward(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, const T*, int64_t, \
-                                Strided4d<T>);                                                                 \
-  template void Direct::grad_input(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, Strided4d<T>);  \
-  template void Direct::grad_weight(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, Strided4d<T>); \
+#define DLKERNELS_INSTANTIATE(T)                                                                                  \
+  template void Direct::forward(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, const T*, int64_t,    \
+                                Strided4d<T>);                                                                    \
+  template void Direct::grad_input(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, const T*, int64_t, \
+                                   Strided4d<T>);                                                                 \
+  template void Direct::grad_weight(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, Strided4d<T>);    \
   template void conv2d_grad_bias(const Conv2dShape&, Strided4d<const T>, T*);
 DLKERNELS_INSTANTIATE(double)
 DLKERNELS_INSTANTIATE(float)

@@ -14,10 +14,10 @@ struct Direct {
   static void forward(const Conv2dShape& shape, Strided4d<const T> input, Strided4d<const T> weight, const T* bias,
                       int64_t bias_stride, Strided4d<T> output);
 
-  // grad (N, K, P, Q), weight (K, C/G, R, S) -> grad_input (N, C, H, W)
+  // grad (N, K, P, Q), weight (K, C/G, R, S), bias (C) as above -> grad_input (N, C, H, W)
   template <class T>
-  static void grad_input(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> weight,
-                         Strided4d<T> grad_input);
+  static void grad_input(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> weight, const T* bias,
+                         int64_t bias_stride, Strided4d<T> grad_input);
 
   // grad (N, K, P, Q), input (N, C, H, W) -> grad_weight (K, C/G, R, S)
   template <class T>

@@ -143,14 +143,15 @@ void unpack_weight(const Accumulate<T>* sums, const Panel& panel, const std::vec
   });
 }
 
-// sums[m][j] += sum over l of data[row[m] + depth[l]] * columns[l][j], for vectors of columns that one tile takes
+// sums[m][j] += sum over l of data[row[m] + depth[l]] * columns[l][j], for vectors of columns that one tile takes; with
+// `start`, sums[m][j] = start[j] + ...
 template <class A>
 void multiply(int64_t row_count, const A* data, const int64_t* row, const std::vector<int64_t>& depth, const A* columns,
-              int64_t width, A* sums) {
+              int64_t column_stride, int64_t width, const A* start, A* const* sums) {
   const int64_t vectors = width / kLanes<A>, rows = tile_rows(int(vectors));
   for (int64_t m = 0; m < row_count; m += rows) {
-    const auto tile = indirect_tile<A>(std::min(rows, row_count - m), vectors);
-    tile(int64_t(depth.size()), Indirect<A>{data, row + m, depth.data()}, columns, width, sums + m * width, width);
+    const auto tile = scattered_tile<A>(std::min(rows, row_count - m), vectors);
+    tile(int64_t(depth.size()), {data, row + m, depth.data()}, columns, column_stride, start, sums + m);
   }
 }
 
@@ -168,7 +169,7 @@ void target_of_pixels(const Strided4d<T>& target, const Block& block, std::vecto
   }
 }
 
-// pixels[x][(first + j)*stride_c] = sums[x][j] for j < panel.count
+// pixels[x][(first + j)*stride_c] = sums[x][j] for j < panel.count; sums (pixels, panel.width)
 template <class T>
 void write_pixels(const Accumulate<T>* sums, const Panel& panel, const std::vector<T*>& pixels, int64_t stride_c) {
   using A = Accumulate<T>;

@@ -1,4 +1,4 @@
-// Images as the strategies read and write them: blocks of pixels, gathered into a slab whose channels lie side by side.
+// Images as the strategies read them: blocks of pixels, gathered into a slab that is padded with zeros.
 #pragma once
 
 #include <algorithm>
@@ -62,8 +62,9 @@ template <class T>
 void copy_pixels(const T* from, int64_t stride_x, int64_t stride_c, int64_t pixels, int64_t channels, Accumulate<T>* to,
                  int64_t to_stride) {
   constexpr int64_t kFewChannels = 6;  // are copied faster one by one than by transposes of sixteen
-  if (stride_c == 1 || channels == 1) {
-    if (stride_x == channels && to_stride == channels) return copy_run(from, pixels * channels, to);
+  if (channels == to_stride && channels == stride_x && (stride_c == 1 || channels == 1)) {
+    copy_run(from, pixels * channels, to);
+  } else if (stride_c == 1 && channels > 1) {
     for (int64_t x = 0; x < pixels; ++x) copy_run(from + x * stride_x, channels, to + x * to_stride);
   } else if (stride_x == 1 && channels > kFewChannels) {
     copy_transposed(from, stride_c, pixels, channels, to, to_stride);
@@ -128,9 +129,12 @@ struct SlabAxis {
   int64_t of_pixel(int64_t i) const { return i * step / slot_step; }
   int64_t of_tap(int64_t position) const { return (position - first) / slot_step; }
   int64_t source(int64_t begin, int64_t slot) const { return begin * step + first + slot * slot_step; }
+  // whether `pixels` pixels read only positions that a source of `size` has
+  bool inside(int64_t pixels, int64_t size) const { return first >= 0 && (pixels - 1) * step + last < size; }
 };
 
-// The source as blocks of the grid read it.
+// The source as blocks of the grid read it: gathered into memory of its own, or, where nothing has to be padded,
+// converted or moved, the source itself.
 template <class T>
 class Slab {
  public:
@@ -143,10 +147,23 @@ class Slab {
         columns(gather.J, most_columns()),
         rows(gather.I, most_rows()),
         images(gather.N, rows.count > 1 ? 1 : most_images()),
-        width_(columns_.slots(columns.most())),
-        height_(rows_.slots(rows.most())) {}
+        in_place_(std::is_same_v<T, A> && gather.source.stride_c == 1 && rows_.inside(gather.I, gather.H) &&
+                  columns_.inside(gather.J, gather.W)),
+        planes_(gather.taps.size() == 1 && gather.source.stride_c != 1 && gather.source.stride_w == 1) {
+    const Strided4d<const T>& source = gather.source;
+    const int64_t width = columns_.slots(columns.most()), height = rows_.slots(rows.most());
+    if (in_place_) {
+      stride_c_ = 1, stride_w_ = columns_.slot_step * source.stride_w;
+      stride_h_ = rows_.slot_step * source.stride_h, stride_n_ = source.stride_n;
+    } else if (planes_) {
+      stride_c_ = odd_lines(height * width), stride_w_ = 1, stride_h_ = width, stride_n_ = gather.D * stride_c_;
+    } else {
+      stride_c_ = 1, stride_w_ = gather.D, stride_h_ = width * gather.D, stride_n_ = height * stride_h_;
+    }
+  }
 
-  int64_t size() const { return images.most() * height_ * width_ * gather_.D; }
+  // of the memory that `gather` needs
+  int64_t size() const { return in_place_ ? 0 : images.most() * stride_n_; }
   int64_t blocks() const { return images.count * rows.count * columns.count; }
   int64_t most_pixels() const { return images.most() * rows.most() * columns.most(); }
 
@@ -156,47 +173,66 @@ class Slab {
     return {images.begin(n), rows.begin(i), columns.begin(j), images.length(n), rows.length(i), columns.length(j)};
   }
 
-  // slab (images, height, width, D) of group g
-  void fill(int64_t g, const Block& block, A* slab) const {
-    const int64_t slots = columns_.slots(block.columns), D = gather_.D;
-    const int64_t w = columns_.source(block.j, 0), step = columns_.slot_step;
-    const int64_t begin = std::clamp(ceil_div(std::max<int64_t>(-w, 0), step), int64_t(0), slots);
-    const int64_t end = gather_.W > w ? std::clamp(ceil_div(gather_.W - w, step), begin, slots) : begin;
-    for (int64_t n = 0; n < block.images; ++n) {
-      for (int64_t row = 0; row < rows_.slots(block.rows); ++row) {
-        A* to = slab + (n * height_ + row) * width_ * D;
-        const int64_t h = rows_.source(block.i, row);
-        const int64_t first = h < 0 || h >= gather_.H ? slots : begin, last = std::max(first, end);
-        std::fill(to, to + first * D, A(0));
-        if (first < last) {
-          copy_pixels(&gather_.source.at(block.n + n, g * D, h, w + first * step), step * gather_.source.stride_w,
-                      gather_.source.stride_c, last - first, D, to + first * D, D);
-        }
-        std::fill(to + last * D, to + slots * D, A(0));
+  // The block's slab of channels [channel, channel + D): slab[x + l] is what pixel x reads through term l.
+  const A* gather(int64_t channel, const Block& block, A* memory) const {
+    if constexpr (std::is_same_v<T, A>) {
+      if (in_place_) {
+        return &gather_.source.at(block.n, channel, rows_.source(block.i, 0), columns_.source(block.j, 0));
       }
     }
+    fill(channel, block, memory);
+    return memory;
   }
-
-  // Where pixel x of the block reads through the first term, and how far off that term l reads: slab[x + l].
   void offsets_of_pixels(const Block& block, std::vector<int64_t>& offsets) const {
     offsets.clear();
     for (int64_t n = 0; n < block.images; ++n) {
       for (int64_t i = 0; i < block.rows; ++i) {
-        for (int64_t j = 0; j < block.columns; ++j) {
-          offsets.push_back(((n * height_ + rows_.of_pixel(i)) * width_ + columns_.of_pixel(j)) * gather_.D);
-        }
+        const int64_t row = n * stride_n_ + rows_.of_pixel(i) * stride_h_;
+        for (int64_t j = 0; j < block.columns; ++j) offsets.push_back(row + columns_.of_pixel(j) * stride_w_);
       }
     }
   }
   // of channels [d, d + count) at every tap
   void offsets_of_terms(int64_t d, int64_t count, std::vector<int64_t>& offsets) const {
     for (const Tap& tap : gather_.taps) {
-      const int64_t first = (rows_.of_tap(tap.h) * width_ + columns_.of_tap(tap.w)) * gather_.D + d;
-      for (int64_t i = 0; i < count; ++i) offsets.push_back(first + i);
+      const int64_t first = rows_.of_tap(tap.h) * stride_h_ + columns_.of_tap(tap.w) * stride_w_;
+      for (int64_t i = d; i < d + count; ++i) offsets.push_back(first + i * stride_c_);
     }
   }
 
  private:
+  // `count` elements in whole cache lines, an odd number of them: one line of many such planes fills the first cache
+  // evenly, where a power of two would meet in one of its sets.
+  static int64_t odd_lines(int64_t count) {
+    constexpr int64_t kLine = 64 / sizeof(A);
+    return (ceil_div(count, kLine) | 1) * kLine;
+  }
+
+  // slab (images, height, width, D), or (images, D, height, width) as planes, zero outside the source
+  void fill(int64_t channel, const Block& block, A* slab) const {
+    const int64_t slots = columns_.slots(block.columns), step = columns_.slot_step;
+    const int64_t w = columns_.source(block.j, 0);
+    const int64_t begin = std::clamp(ceil_div(std::max<int64_t>(-w, 0), step), int64_t(0), slots);
+    const int64_t end = gather_.W > w ? std::clamp(ceil_div(gather_.W - w, step), begin, slots) : begin;
+    const int64_t planes = planes_ ? gather_.D : 1, channels = planes_ ? 1 : gather_.D;
+    for (int64_t n = 0; n < block.images; ++n) {
+      for (int64_t plane = 0; plane < planes; ++plane) {
+        for (int64_t row = 0; row < rows_.slots(block.rows); ++row) {
+          A* to = slab + n * stride_n_ + plane * stride_c_ + row * stride_h_;
+          const int64_t h = rows_.source(block.i, row);
+          const int64_t first = h < 0 || h >= gather_.H ? slots : begin, last = std::max(first, end);
+          std::fill(to, to + first * stride_w_, A(0));
+          if (first < last) {
+            copy_pixels(&gather_.source.at(block.n + n, channel + plane, h, w + first * step),
+                        step * gather_.source.stride_w, gather_.source.stride_c, last - first, channels,
+                        to + first * stride_w_, stride_w_);
+          }
+          std::fill(to + last * stride_w_, to + slots * stride_w_, A(0));
+        }
+      }
+    }
+  }
+
   int64_t elements() const { return kSlabBytes / int64_t(sizeof(A)); }
   int64_t most_columns() const {
     const int64_t fit = elements() / std::max<int64_t>(1, rows_.slots(1) * gather_.D);
@@ -219,7 +255,8 @@ class Slab {
   Pieces columns, rows, images;  // in this order: each is cut so that what the others leave room for fits
 
  private:
-  int64_t width_, height_;
+  bool in_place_, planes_;
+  int64_t stride_n_, stride_c_, stride_h_, stride_w_;  // of channels and slots
 };
 
 }  // namespace dlkernels

@@ -381,6 +381,7 @@ bool convolve(const Strided4d<const T>& source, int64_t H, int64_t W, int64_t D,
               const Strided4d<T>& target, int64_t N, int64_t P, int64_t Q, int64_t pad_top, int64_t pad_left) {
   const Tiling tiling = {N, ceil_div(P, 2), ceil_div(Q, 2), pad_top, pad_left};
   if (tiling.count() == 0 || M == 0) return true;
+  if (D == 0) return false;  // sums of nothing
   const PanelCuts<float> panels(M);
   const ChannelBlocks channels(D);
   const int64_t most_width = std::min<int64_t>(kPanelVectors * kFloats, panels.padded());
@@ -437,6 +438,8 @@ bool convolve(const Strided4d<const T>& source, int64_t H, int64_t W, int64_t D,
         Tiles<4, T> tiles(source, H, W, tiling);
         Targets<T> targets(target, P, Q, tiling);
         std::vector<int64_t> row(most_tiles);
+        std::vector<float*> rows_of_sums(most_tiles);
+        const float zeros[kPanelVectors * kFloats] = {};
         Scratch<float> own_weights(own ? kPositions * (D * most_width + kSkew) : 0),
             packed(own ? 9 * kPackedChannels * most_width : 0);
         int64_t last_block = -1, last_panel = -1;
@@ -464,12 +467,12 @@ bool convolve(const Strided4d<const T>& source, int64_t H, int64_t W, int64_t D,
           }
           for (int x = 0; x < kPositions; ++x) {
             float* sum = sums.data() + x * sums_position;
-            std::fill_n(sum, count * panel.width, 0.0f);
+            for (int64_t t = 0; t < count; ++t) rows_of_sums[t] = sum + t * panel.width;
             for (int64_t d = 0; d < channels.count(); ++d) {
               for (int64_t t = 0; t < count; ++t) row[t] = t * channels.pitch(d);
               multiply(count, transformed.data() + d * block_size + x * tiles_position(d), row.data(), depth[d],
                        weights_of_panel + x * weight_position(panel) + channels.first(d) * panel.width, panel.width,
-                       sum);
+                       panel.width, d == 0 ? zeros : nullptr, rows_of_sums.data());
             }
           }
           for (int64_t j = 0; j < panel.width; ++j) {
@@ -517,6 +520,7 @@ bool correlate(const Conv2dShape& shape, const Strided4d<const T>& grad, const S
         Tiles<4, T> input_tiles(input, shape.H, shape.W, input_tiling);
         Tiles<2, T> grad_tiles(grad, shape.P, shape.Q, grad_tiling);
         std::vector<int64_t> row(kBlockChannels), depth;
+        std::vector<float*> rows_of_sums(kBlockChannels);
         std::iota(row.begin(), row.end(), 0);
         for (int64_t index = begin; index < end; ++index) {
           const int64_t chunk = index % chunks, d = index / chunks % channels.count(), pitch = channels.pitch(d);
@@ -535,8 +539,10 @@ bool correlate(const Conv2dShape& shape, const Strided4d<const T>& grad, const S
             depth.resize(count);
             for (int64_t t = 0; t < count; ++t) depth[t] = t * pitch;
             for (int x = 0; x < kPositions; ++x) {
-              multiply(channels.length(d), inputs.data() + x * input_position, row.data(), depth,
-                       grads.data() + x * grad_position, panel.width, sums.data() + x * sums_position);
+              for (int64_t c = 0; c < channels.length(d); ++c)
+                rows_of_sums[c] = sums.data() + x * sums_position + c * panel.width;
+              multiply<float>(channels.length(d), inputs.data() + x * input_position, row.data(), depth,
+                              grads.data() + x * grad_position, panel.width, panel.width, nullptr, rows_of_sums.data());
             }
           }
           float* to = kernels.data() + kernel_of(g * panels.count() + p, chunk) + channels.first(d) * panel.width;
@@ -595,21 +601,20 @@ void Winograd::forward(const Conv2dShape& shape, Strided4d<const T> input, Strid
 }
 
 template <class T>
-void Winograd::grad_input(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> weight,
-                          Strided4d<T> grad_input) {
+void Winograd::grad_input(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> weight, const T* bias,
+                          int64_t bias_stride, Strided4d<T> grad_input) {
   if constexpr (!std::is_same_v<T, double>) {
     const int64_t M = shape.C / shape.G, D = shape.K / shape.G;
     const auto weight_of = [&](int64_t g) {
       return WeightView<const T>{
           weight.at(g * D, 0), weight.stride_c, weight.stride_n, weight.stride_h, weight.stride_w, 3, 3};
     };
-    const T* no_bias = nullptr;
-    if (convolve(grad, shape.P, shape.Q, D, shape.G, M, taps_of_kernel(true), weight_of, no_bias, 0, grad_input,
+    if (convolve(grad, shape.P, shape.Q, D, shape.G, M, taps_of_kernel(true), weight_of, bias, bias_stride, grad_input,
                  shape.N, shape.H, shape.W, 2 - shape.pad_top, 2 - shape.pad_left)) {
       return;
     }
   }
-  Direct::grad_input(shape, grad, weight, grad_input);
+  Direct::grad_input(shape, grad, weight, bias, bias_stride, grad_input);
 }
 
 template <class T>
@@ -621,10 +626,11 @@ void Winograd::grad_weight(const Conv2dShape& shape, Strided4d<const T> grad, St
   Direct::grad_weight(shape, grad, input, grad_weight);
 }
 
-#define DLKERNELS_INSTANTIATE(T)                                                                                 \
-  template void Winograd::forward(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, const T*, int64_t, \
-                                  Strided4d<T>);                                                                 \
-  template void Winograd::grad_input(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, Strided4d<T>);  \
+#define DLKERNELS_INSTANTIATE(T)                                                                                    \
+  template void Winograd::forward(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, const T*, int64_t,    \
+                                  Strided4d<T>);                                                                    \
+  template void Winograd::grad_input(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, const T*, int64_t, \
+                                     Strided4d<T>);                                                                 \
   template void Winograd::grad_weight(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, Strided4d<T>);
 DLKERNELS_INSTANTIATE(double)
 DLKERNELS_INSTANTIATE(float)

@@ -1,4 +1,4 @@
-// conv2d on CUDA: the sums of conv2d.h as they stand, right for every argument.
+// conv2d and conv_transpose2d on CUDA: the sums of conv2d.h as they stand, right for every argument.
 //
 // Who owns what: forward and grad_input have a thread for each result; grad_weight and grad_bias have a block for each
 // result, whose threads share the sum over pixels and add their parts in a fixed order. No atomics: the same bits on
@@ -42,12 +42,12 @@ __global__ void conv2d_forward(int64_t count, Conv2dShape shape, Strided4d<const
   }
 }
 
-// grad_input[n, c, h, w] = sum over k, r, s with p*stride_h = h + pad_top - r*dilation_h (q alike) of
-//                          weight[k, c, r, s] * grad[n, k, p, q]
-// grad (N, K, P, Q), weight (K, C/G, R, S) -> grad_input (N, C, H, W); count = N*C*H*W
+// grad_input[n, c, h, w] = bias[c] + sum over k, r, s with p*stride_h = h + pad_top - r*dilation_h (q alike) of
+//                                    weight[k, c, r, s] * grad[n, k, p, q]
+// grad (N, K, P, Q), weight (K, C/G, R, S), bias (C) or null -> grad_input (N, C, H, W); count = N*C*H*W
 template <class T>
 __global__ void conv2d_grad_input(int64_t count, Conv2dShape shape, Strided4d<const T> grad, Strided4d<const T> weight,
-                                  Strided4d<T> grad_input) {
+                                  const T* bias, int64_t bias_stride, Strided4d<T> grad_input) {
   const int64_t channels = shape.C / shape.G, kernels = shape.K / shape.G;
   for (int64_t item = first_item(); item < count; item += item_stride()) {
     const int64_t w = item % shape.W, h = item / shape.W % shape.H;
@@ -65,6 +65,7 @@ __global__ void conv2d_grad_input(int64_t count, Conv2dShape shape, Strided4d<co
         }
       }
     }
+    if (bias != nullptr) sum += load(bias[c * bias_stride]);
     grad_input.at(n, c, h, w) = store<T>(sum);
   }
 }
@@ -120,10 +121,10 @@ struct CudaConv2d : CudaKernels {
                      bias, bias_stride, output);
   }
   template <class T>
-  void grad_input(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> weight,
-                  Strided4d<T> grad_input) const {
+  void grad_input(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> weight, const T* bias,
+                  int64_t bias_stride, Strided4d<T> grad_input) const {
     launch_for_items(stream(), "conv2d_backward", shape.N * shape.C * shape.H * shape.W, conv2d_grad_input<T>, shape,
-                     grad, weight, grad_input);
+                     grad, weight, bias, bias_stride, grad_input);
   }
   template <class T>
   void grad_weight(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> input,
@@ -144,6 +145,8 @@ struct CudaConv2d : CudaKernels {
 STABLE_TORCH_LIBRARY_IMPL(dlkernels, CUDA, library) {
   library.impl("conv2d", TORCH_BOX((&conv2d<CudaConv2d, torch::stable::Tensor>)));
   library.impl("conv2d_backward", TORCH_BOX((&conv2d_backward<CudaConv2d, torch::stable::Tensor>)));
+  library.impl("conv_transpose2d", TORCH_BOX((&conv_transpose2d<CudaConv2d, torch::stable::Tensor>)));
+  library.impl("conv_transpose2d_backward", TORCH_BOX((&conv_transpose2d_backward<CudaConv2d, torch::stable::Tensor>)));
 }
 
 }  // namespace dlkernels

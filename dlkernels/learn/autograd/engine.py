@@ -513,6 +513,9 @@ class Tensor(Node):
         """The number in a tensor of one element."""
         return self._value.item()
 
+    def __float__(self) -> float:
+        return float(self.item())
+
     def __len__(self) -> int:
         return len(self._value)
 
@@ -524,24 +527,24 @@ class Tensor(Node):
 
     # ------------------------------------------------------------------------------------------ shapes
 
-    def reshape(self, *shape: int) -> Tensor:
-        """The same elements in another shape; -1 for the size that follows from the others."""
-        return self._apply("reshape", lambda x: x.reshape(shape), (self,), lambda g, y, x: g.reshape(*x.shape))
+    def reshape(self, *shape: Any) -> Tensor:
+        """The same elements in another shape, as ints or one tuple; -1 for the size that follows from the others."""
+        return self._apply("reshape", lambda x: x.reshape(_ints(shape)), (self,), lambda g, y, x: g.reshape(x.shape))
 
-    def transpose(self, *axes: int) -> Tensor:
-        """The dimensions in the order `axes`; reversed if none are given."""
-        order = axes or tuple(range(self.ndim))[::-1]
+    def transpose(self, *axes: Any) -> Tensor:
+        """The dimensions in the order `axes`, ints or one tuple; reversed if none are given."""
+        order = _ints(axes) or tuple(range(self.ndim))[::-1]
         back = tuple(np.argsort([axis % self.ndim for axis in order]).tolist())
-        return self._apply("transpose", lambda x: x.transpose(order), (self,), lambda g, y, x: g.transpose(*back))
+        return self._apply("transpose", lambda x: x.transpose(order), (self,), lambda g, y, x: g.transpose(back))
 
     @property
     def T(self) -> Tensor:
         """The dimensions in reverse order."""
         return self.transpose()
 
-    def broadcast_to(self, *shape: int) -> Tensor:
-        """Stretched to a shape. The way back is a sum, which :meth:`_fit` does for all operations."""
-        return self._apply("broadcast", lambda x: np.broadcast_to(x, shape), (self,), lambda g, y, x: g)
+    def broadcast_to(self, *shape: Any) -> Tensor:
+        """Stretched to a shape, ints or one tuple. The way back is a sum, done for all operations by :meth:`_fit`."""
+        return self._apply("broadcast", lambda x: np.broadcast_to(x, _ints(shape)), (self,), lambda g, y, x: g)
 
     def astype(self, dtype: Any) -> Tensor:
         """The elements as another floating-point type. The way back is done by :meth:`_fit`."""
@@ -572,7 +575,7 @@ class Tensor(Node):
             "sum",
             lambda x: x.sum(axis=axis, keepdims=keepdims),
             (self,),
-            lambda g, y, x: g.reshape(*_kept(x.shape, axis)).broadcast_to(*x.shape),
+            lambda g, y, x: g.reshape(_kept(x.shape, axis)).broadcast_to(x.shape),
         )
 
     def mean(self, axis: Axis = None, keepdims: bool = False) -> Tensor:
@@ -588,7 +591,7 @@ class Tensor(Node):
             chosen = x.value == y.value.reshape(kept)
             with np.errstate(all="ignore"):
                 shares = (chosen / chosen.sum(axis=axis, keepdims=True)).astype(x.dtype)
-            return g.reshape(*kept).broadcast_to(*x.shape) * shares
+            return g.reshape(kept).broadcast_to(x.shape) * shares
 
         return self._apply("max", lambda x: x.max(axis=axis, keepdims=keepdims), (self,), pullback)
 
@@ -653,8 +656,13 @@ class Tensor(Node):
         extra = gradient.ndim - self.ndim
         stretched = [d + extra for d, size in enumerate(self.shape) if size == 1 and gradient.shape[d + extra] != 1]
         if extra or stretched:
-            gradient = gradient.sum((*range(extra), *stretched)).reshape(*self.shape)
+            gradient = gradient.sum((*range(extra), *stretched)).reshape(self.shape)
         return gradient if gradient.dtype == self.dtype else gradient.astype(self.dtype)
+
+
+def _ints(given: tuple[Any, ...]) -> tuple[int, ...]:
+    """Sizes or dimensions that were given one by one, or as one tuple or list."""
+    return tuple(given[0]) if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
 
 
 def _kept(shape: tuple[int, ...], axis: Axis) -> tuple[int, ...]:
@@ -668,10 +676,10 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
     """The product; vectors become matrices first, and the dimension that was added goes at the end."""
     if a.ndim == 1 and b.ndim >= 1:
         product = _matmul(a.reshape(1, -1), b)
-        return product.reshape(*product.shape[:-2], *product.shape[-1:]) if b.ndim > 1 else product.reshape()
+        return product.reshape(product.shape[:-2] + product.shape[-1:]) if b.ndim > 1 else product.reshape()
     if b.ndim == 1 and a.ndim >= 1:
         product = _matmul(a, b.reshape(-1, 1))
-        return product.reshape(*product.shape[:-1])
+        return product.reshape(product.shape[:-1])
     return a._apply(
         "@",
         np.matmul,

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from .._words import class_name
+
 
 def multinomial(
     input: torch.Tensor, num_samples: int, replacement: bool = False, *, generator: torch.Generator | None = None
@@ -66,6 +68,9 @@ _SCALAR_TYPES = {
     torch.int16: "Short",
     torch.int32: "Int",
     torch.int64: "Long",
+    torch.uint16: "UInt16",
+    torch.uint32: "UInt32",
+    torch.uint64: "UInt64",
     torch.complex32: "ComplexHalf",
     torch.complex64: "ComplexFloat",
     torch.complex128: "ComplexDouble",
@@ -85,7 +90,7 @@ def _check_types(input: Any, num_samples: Any, replacement: Any, generator: Any)
     ):
         if not right:
             place = f" (position {position})" if position else ""
-            raise TypeError(f"multinomial(): argument '{name}'{place} must be {wanted}, not {type(value).__name__}")
+            raise TypeError(f"multinomial(): argument '{name}'{place} must be {wanted}, not {class_name(value)}")
 
 
 def _checked_weights(input: torch.Tensor, with_replacement: bool = True) -> torch.Tensor:

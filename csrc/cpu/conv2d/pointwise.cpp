@@ -1,0 +1,235 @@
+// conv2d with kernels of 1 x 1 as a matrix product whose columns are pixels.
+//
+//   output    [k, x] = bias[k] + sum over c of weight[k, c] * input[c, x]     x: n, p, q
+//   grad_input[c, x] =           sum over k of weight[k, c] * grad [k, x]
+//
+// In planes (NCHW) the pixels of a channel lie side by side: they fill the vectors, and nothing is transposed, neither
+// read nor written. Who owns what: a task owns a panel of pixels, of any number of images, and some of the channels.
+// Passes over memory: the pixels are copied once per task, into a panel that stays in cache; results are written once.
+#include "pointwise.h"
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "../parallel.h"
+#include "direct.h"
+#include "panels.h"
+#include "slab.h"
+
+namespace dlkernels {
+namespace {
+
+// ---- tuning constants ----------------------------------------------------------------------------
+
+constexpr int64_t kBlockTerms = 288;        // summed before a sum goes to memory
+constexpr int64_t kEnoughTasks = 8;         // for a handful of threads to share the work evenly
+constexpr int64_t kTaskProducts = 1 << 17;  // multiply-adds (some 2 us) below which a second thread does not pay
+
+template <class A>
+constexpr int64_t kPanelPixels = kPanelVectors * kLanes<A>;
+
+// ---- kernels -------------------------------------------------------------------------------------
+
+// A grid of N x P x Q pixels in memory, `step` apart: pixel x of the flattened grid is (n, p, q).
+template <class T>
+struct Pixels {
+  Strided4d<T> image;
+  int64_t P, Q;
+  int64_t step_h, step_w;
+
+  // Calls run(first, lane, count) for the stretches of pixels [x, x + count) that lie evenly in memory, stride_w()
+  // apart; `first` is the first one's place.
+  template <class Run>
+  void for_each_run(int64_t x, int64_t count, const Run& run) const {
+    const bool rows_join = step_h * image.stride_h == Q * stride_w();
+    const int64_t length = rows_join ? P * Q : Q;
+    for (int64_t lane = 0; lane < count;) {
+      const int64_t pixel = x + lane, row = pixel / Q;
+      const int64_t run_length = std::min(length - pixel % length, count - lane);
+      run(&image.at(row / P, 0, row % P * step_h, pixel % Q * step_w), lane, run_length);
+      lane += run_length;
+    }
+  }
+  int64_t stride_w() const { return step_w * image.stride_w; }
+};
+
+// columns[d][lane] = pixel x + lane of channel d, 0 for the lanes from `count` on; columns (D, kPanelPixels)
+template <class T>
+void pack_pixels(const Pixels<const T>& pixels, int64_t channel, int64_t D, int64_t x, int64_t count,
+                 Accumulate<T>* columns) {
+  constexpr int64_t kWidth = kPanelPixels<Accumulate<T>>;
+  if (count < kWidth) std::fill_n(columns, D * kWidth, Accumulate<T>(0));
+  pixels.for_each_run(x, count, [&](const T* first, int64_t lane, int64_t length) {
+    for (int64_t d = 0; d < D; ++d) {
+      copy_pixels(first + (channel + d) * pixels.image.stride_c, pixels.stride_w(), 1, length, 1,
+                  columns + d * kWidth + lane, 1);
+    }
+  });
+}
+
+// pixel x + lane of channel m = sums[m][lane]; sums (M, kPanelPixels)
+template <class T>
+void unpack_pixels(const Accumulate<T>* sums, int64_t channel, int64_t M, int64_t x, int64_t count,
+                   const Pixels<T>& pixels) {
+  using A = Accumulate<T>;
+  constexpr int64_t L = kLanes<A>;
+  const int64_t stride = pixels.stride_w();
+  pixels.for_each_run(x, count, [&](T* first, int64_t lane, int64_t length) {
+    for (int64_t m = 0; m < M; ++m) {
+      const A* from = sums + m * kPanelPixels<A> + lane;
+      T* to = first + (channel + m) * pixels.image.stride_c;
+      if (stride == 1) {
+        for (int64_t i = 0; i < length; i += L) {
+          const int64_t lanes = std::min(L, length - i);
+          store_as<A>(to + i, lanes, load_as<A>(from + i, lanes));
+        }
+      } else {
+        for (int64_t i = 0; i < length; ++i) to[i * stride] = store<T>(from[i]);
+      }
+    }
+  });
+}
+
+// weight[m, d] of group g lies at data[g*stride_g + m*stride_m + d*stride_d].
+template <class T>
+struct Matrix {
+  const T* data;
+  int64_t stride_g, stride_m, stride_d;
+};
+
+// The weights in the type that sums are made in: where they lie, or converted into `memory` (G, M, D).
+template <class T>
+Matrix<Accumulate<T>> as_sums(const Matrix<T>& weight, int64_t G, int64_t M, int64_t D,
+                              std::optional<Scratch<Accumulate<T>>>& memory) {
+  if constexpr (std::is_same_v<T, Accumulate<T>>) {
+    return weight;
+  } else {
+    Accumulate<T>* to = memory.emplace(G * M * D).data();
+    for (int64_t g = 0; g < G; ++g) {
+      for (int64_t m = 0; m < M; ++m) {
+        const T* from = weight.data + g * weight.stride_g + m * weight.stride_m;
+        for (int64_t d = 0; d < D; ++d) *to++ = load(from[d * weight.stride_d]);
+      }
+    }
+    return {memory->data(), M * D, D, 1};
+  }
+}
+
+// Where the sums of a panel are made, rows[m]: in the target where all its pixels lie there side by side (true), else
+// in `sums` (M, kPanelPixels).
+template <class T, class A>
+bool rows_of_sums(const Pixels<T>& target, int64_t channel, int64_t x, int64_t count, A* sums, std::vector<A*>& rows) {
+  bool in_place = false;
+  if constexpr (std::is_same_v<T, A>) {
+    target.for_each_run(x, count, [&](T* first, int64_t, int64_t length) {
+      in_place = length == kPanelPixels<A> && target.stride_w() == 1;
+      for (size_t m = 0; m < rows.size(); ++m) rows[m] = first + (channel + int64_t(m)) * target.image.stride_c;
+    });
+  }
+  if (in_place) return true;
+  for (size_t m = 0; m < rows.size(); ++m) rows[m] = sums + int64_t(m) * kPanelPixels<A>;
+  return false;
+}
+
+// ---- launchers -----------------------------------------------------------------------------------
+
+// target[g*M + m, x] = bias[g*M + m] + sum over d of weight[m, d] * source[g*D + d, x]
+template <class T>
+void multiply_pixels(int64_t pixels, int64_t G, int64_t M, int64_t D, const Pixels<const T>& source,
+                     const Matrix<T>& weight, const T* bias, int64_t bias_stride, const Pixels<T>& target) {
+  using A = Accumulate<T>;
+  constexpr int64_t kWidth = kPanelPixels<A>;
+  std::optional<Scratch<A>> memory;
+  const Matrix<A> matrix = as_sums(weight, G, M, D, memory);
+  std::vector<std::vector<int64_t>> depth;
+  const Pieces cuts(D, kBlockTerms);
+  for (int64_t b = 0; b < cuts.count; ++b) {
+    depth.emplace_back();
+    for (int64_t d = cuts.begin(b); d < cuts.begin(b + 1); ++d) depth.back().push_back(d * matrix.stride_d);
+  }
+  const int64_t panels = ceil_div(pixels, kWidth);
+  const Pieces splits(M, ceil_div(M, ceil_div(kEnoughTasks, G * panels)));
+  const int64_t grain = std::max<int64_t>(1, kTaskProducts / (splits.most() * D * kWidth + 1));
+  parallel_for(G * panels * splits.count, grain, [&](int64_t begin, int64_t end) {
+    Scratch<A> columns(D * kWidth), sums(splits.most() * kWidth);
+    std::vector<int64_t> offsets(splits.most());
+    for (int64_t m = 0; m < splits.most(); ++m) offsets[m] = m * matrix.stride_m;
+    std::vector<A*> rows;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t split = task % splits.count, g = task / splits.count / panels;
+      const int64_t x = task / splits.count % panels * kWidth, count = std::min(kWidth, pixels - x);
+      const int64_t channel = g * M + splits.begin(split), channels = splits.length(split);
+      pack_pixels(source, g * D, D, x, count, columns.data());
+      rows.resize(channels);
+      const bool in_place = rows_of_sums(target, channel, x, count, sums.data(), rows);
+      for (int64_t m = 0; m < channels; ++m) {
+        std::fill_n(rows[m], kWidth, bias != nullptr ? load(bias[(channel + m) * bias_stride]) : A(0));
+      }
+      const A* from = matrix.data + g * matrix.stride_g + splits.begin(split) * matrix.stride_m;
+      const A* block = columns.data();
+      for (size_t b = 0; b < depth.size(); ++b) {
+        multiply<A>(channels, from, offsets.data(), depth[b], block, kWidth, kWidth, nullptr, rows.data());
+        block += cuts.length(b) * kWidth;
+      }
+      if (!in_place) unpack_pixels(sums.data(), channel, channels, x, count, target);
+    }
+  });
+}
+
+}  // namespace
+
+// ---- entry points --------------------------------------------------------------------------------
+
+template <class T>
+void Pointwise::forward(const Conv2dShape& shape, Strided4d<const T> input, Strided4d<const T> weight, const T* bias,
+                        int64_t bias_stride, Strided4d<T> output) {
+  const int64_t M = shape.K / shape.G, D = shape.C / shape.G;
+  const Pixels<const T> source = {input, shape.P, shape.Q, shape.stride_h, shape.stride_w};
+  const Pixels<T> target = {output, shape.P, shape.Q, 1, 1};
+  const Matrix<T> matrix = {weight.data, M * weight.stride_n, weight.stride_n, weight.stride_c};
+  multiply_pixels(shape.N * shape.P * shape.Q, shape.G, M, D, source, matrix, bias, bias_stride, target);
+}
+
+// Pixels that no output reads have no gradient but the bias.
+template <class T>
+void Pointwise::grad_input(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> weight, const T* bias,
+                           int64_t bias_stride, Strided4d<T> grad_input) {
+  const int64_t M = shape.C / shape.G, D = shape.K / shape.G;
+  if (shape.N == 0 || shape.C == 0) return;
+  if (shape.P < shape.H || shape.Q < shape.W) {
+    parallel_for(shape.N * shape.C, ceil_div(kTaskProducts, shape.H * shape.W), [&](int64_t begin, int64_t end) {
+      for (int64_t plane = begin; plane < end; ++plane) {
+        for (int64_t h = 0; h < shape.H; ++h) {
+          T* row = &grad_input.at(plane / shape.C, plane % shape.C, h, 0);
+          const T value = bias != nullptr ? bias[plane % shape.C * bias_stride] : T{};
+          for (int64_t w = 0; w < shape.W; ++w) row[w * grad_input.stride_w] = value;
+        }
+      }
+    });
+  }
+  const Pixels<const T> source = {grad, shape.P, shape.Q, 1, 1};
+  const Pixels<T> target = {grad_input, shape.P, shape.Q, shape.stride_h, shape.stride_w};
+  const Matrix<T> matrix = {weight.data, D * weight.stride_n, weight.stride_c, weight.stride_n};
+  multiply_pixels(shape.N * shape.P * shape.Q, shape.G, M, D, source, matrix, bias, bias_stride, target);
+}
+
+template <class T>
+void Pointwise::grad_weight(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> input,
+                            Strided4d<T> grad_weight) {
+  Direct::grad_weight(shape, grad, input, grad_weight);
+}
+
+#define DLKERNELS_INSTANTIATE(T)                                                                                     \
+  template void Pointwise::forward(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, const T*, int64_t,    \
+                                   Strided4d<T>);                                                                    \
+  template void Pointwise::grad_input(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, const T*, int64_t, \
+                                      Strided4d<T>);                                                                 \
+  template void Pointwise::grad_weight(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, Strided4d<T>);
+DLKERNELS_INSTANTIATE(double)
+DLKERNELS_INSTANTIATE(float)
+DLKERNELS_INSTANTIATE(BFloat16)
+DLKERNELS_INSTANTIATE(Half)
+#undef DLKERNELS_INSTANTIATE
+
+}  // namespace dlkernels
