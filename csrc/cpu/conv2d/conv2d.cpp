@@ -32,14 +32,18 @@ void with_strategy(Strategy strategy, const Run& run) {
 
 enum class Pass { kForward, kGradInput, kGradWeight };
 
-// Measured: below these, transforms cost more than the multiplications they save.
+// In multiply-adds for each pair of channels: 16 for a tile and a fifth more for its transforms, which many channels
+// share, and what transforming a kernel costs more than packing it. Measured, as the constants.
 bool winograd_pays(const Conv2dShape& shape, Pass pass) {
-  constexpr int64_t kLeastChannels = 32, kLeastTiles = 16, kManyProducts = 256 * 256;
-  const int64_t tiles = shape.N * ceil_div(shape.P, 2) * ceil_div(shape.Q, 2);
+  constexpr int64_t kKernelCost = 128, kManyProducts = 256 * 256, kManyProductsTiles = 32;
+  const bool grad_weight = pass == Pass::kGradWeight;
+  const int64_t least_channels = grad_weight ? 16 : 24;
+  const int64_t tiles = shape.N * ceil_div(shape.P, 2) * ceil_div(shape.Q, 2), pixels = shape.N * shape.P * shape.Q;
   const int64_t C = shape.C / shape.G, K = shape.K / shape.G;
+  if (!Winograd::can(shape) || std::min(C, K) < least_channels) return false;
   // sums of many products leave the cache before they are transformed back
-  const int64_t least_tiles = pass == Pass::kGradWeight && C * K > kManyProducts ? 2 * kLeastTiles : kLeastTiles;
-  return Winograd::can(shape) && std::min(C, K) >= kLeastChannels && tiles >= least_tiles;
+  if (grad_weight && C * K > kManyProducts && tiles < kManyProductsTiles) return false;
+  return 16 * tiles * 6 / 5 + kKernelCost < 9 * pixels;
 }
 
 // The one chooser: by shape and memory format, never by thread count or alignment, so that the bits stay the same.
