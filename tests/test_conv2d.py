@@ -1155,6 +1155,107 @@ def test_there_are_as_many_strategies_as_names():
         )
 
 
+# ---- winograd ---------------------------------------------------------------------------------------
+
+DIRECT, WINOGRAD = STRATEGIES.index("direct"), STRATEGIES.index("winograd")
+
+# Whole and overhanging tiles, blocks of tiles that end within a row or an image, channels around the blocks of 64, few
+# tiles and many, every padding; all of a kernel of 3 x 3 that steps by 1.
+WINOGRAD_CASES = (
+    Conv2dCase("one_tile", (1, 3, 2, 2), (5, 3, 3, 3), padding=1),
+    Conv2dCase("one_pixel", (3, 16, 1, 1), (16, 16, 3, 3), padding=1),
+    Conv2dCase("odd_map", (2, 17, 13, 7), (23, 17, 3, 3), padding=1),
+    Conv2dCase("no_padding", (2, 32, 9, 12), (48, 32, 3, 3)),
+    Conv2dCase("more_padding_than_kernel", (1, 8, 5, 6), (16, 8, 3, 3), padding=4),
+    Conv2dCase("other_padding_each_way", (2, 16, 8, 9), (16, 16, 3, 3), padding=(0, 2)),
+    Conv2dCase("two_blocks_of_channels", (2, 70, 10, 10), (130, 70, 3, 3), padding=1),
+    Conv2dCase("small_maps", (33, 24, 4, 4), (40, 24, 3, 3), padding=1),
+    Conv2dCase("wide_map", (1, 20, 5, 131), (16, 20, 3, 3), padding=1),
+    Conv2dCase("many_tiles", (4, 32, 29, 30), (80, 32, 3, 3), padding=1),
+    Conv2dCase("groups", (2, 48, 11, 11), (60, 16, 3, 3), padding=1, groups=3),
+    Conv2dCase("no_images", (0, 16, 6, 6), (16, 16, 3, 3), padding=1),
+)
+
+
+def results_by(strategy, case, input, weight, bias, grad):
+    """output, grad_input, grad_weight, grad_bias by this strategy."""
+    height, width = case.padding if isinstance(case.padding, tuple) else (case.padding, case.padding)
+    geometry = ((1, 1), (height, height, width, width), (1, 1), case.groups)
+    output = torch.ops.dlkernels.conv2d_by(strategy, input, weight, bias, *geometry)
+    gradients = torch.ops.dlkernels.conv2d_backward_by(strategy, grad, input, weight, *geometry, [True] * 3)
+    return dict(zip(("output", *GRADIENTS), (output, *gradients), strict=True))
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
+)
+@each_case(WINOGRAD_CASES)
+def test_winograd_is_as_accurate_as_torch(case, dtype, memory_format):
+    inputs = case.make_inputs(dtype, memory_format=FORMATS[memory_format])
+    grad = random_grad(case, inputs)
+    exact = results(F.conv2d, case, doubled(inputs), grad.double())
+    theirs = results(F.conv2d, case, inputs, grad)
+    ours = results_by(WINOGRAD, case, *inputs, grad)
+    for name in exact:
+        compare(ours[name], theirs[name], exact[name], dtype, gradient=name != "output", name=name)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@each_case(WINOGRAD_CASES)
+def test_winograd_is_exact_for_small_integers(case, dtype, memory_format):
+    inputs = case.make_inputs(dtype, memory_format=FORMATS[memory_format], integers=True)
+    grad = random_grad(case, inputs, integers=True)
+    exact = results(F.conv2d, case, doubled(inputs), grad.double())
+    for name, ours in results_by(WINOGRAD, case, *inputs, grad).items():
+        assert torch.equal(ours, exact[name].to(dtype)), name
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@each_case(WINOGRAD_CASES[2:5])
+def test_winograd_takes_any_strides(case, view):
+    inputs = case.make_inputs(torch.float32, integers=True)
+    viewed = [VIEWS[view](tensor) for tensor in (*inputs, random_grad(case, inputs, integers=True))]
+    plain = [tensor.contiguous() for tensor in viewed]  # an expanded view has other values than what it was made of
+    assert same_bits(results_by(WINOGRAD, case, *viewed), results_by(WINOGRAD, case, *plain))
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@each_case(WINOGRAD_CASES)
+def test_winograd_has_the_same_bits_for_any_number_of_threads(case, memory_format):
+    inputs = case.make_inputs(torch.float32, memory_format=FORMATS[memory_format])
+    grad = random_grad(case, inputs)
+    runs = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        runs.append(results_by(WINOGRAD, case, *inputs, grad))
+    assert all(same_bits(run, runs[0]) for run in runs)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 3e38], ids=str)
+@pytest.mark.parametrize("place", ["input", "weight", "grad"])
+def test_winograd_leaves_what_is_not_finite_or_overflows_to_direct(place, value, memory_format):
+    """Three numbers near the largest float32 overflow in a transform, and alone do not in the definition."""
+    case = Conv2dCase("3x3", (2, 32, 13, 12), (40, 32, 3, 3), padding=1)
+    inputs = case.make_inputs(torch.float32, memory_format=FORMATS[memory_format])
+    tensors = {"input": inputs[0], "weight": inputs[1], "grad": random_grad(case, inputs)}
+    tensors[place][-1, -1] = value
+    arguments = (tensors["input"], tensors["weight"], inputs[2], tensors["grad"])
+    winograd, direct = (results_by(strategy, case, *arguments) for strategy in (WINOGRAD, DIRECT))
+    for name in GRADIENTS[:2] if place == "grad" else ("output",):
+        torch.testing.assert_close(winograd[name], direct[name], rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+@pytest.mark.parametrize("option", [{"stride": 2}, {"dilation": 2}, {"kernel": 5}], ids=str)
+def test_winograd_refuses_other_kernels(option):
+    input, weight = torch.randn(1, 4, 9, 9), torch.randn(4, 4, *[option.get("kernel", 3)] * 2)
+    stride, dilation = [option.get("stride", 1)] * 2, [option.get("dilation", 1)] * 2
+    with pytest.raises(RuntimeError, match="strategy cannot do this shape"):
+        torch.ops.dlkernels.conv2d_by(WINOGRAD, input, weight, None, stride, [1] * 4, dilation, 1)
+
+
 # ---- numbers that are not ordinary -------------------------------------------------------------------
 
 

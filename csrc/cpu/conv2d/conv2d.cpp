@@ -36,11 +36,27 @@ void with_strategy(Strategy strategy, const Run& run) {
   }
 }
 
+enum class Pass { kForward, kGradInput, kGradWeight };
+
+// In multiply-adds for each pair of channels: 16 for a tile and a fifth more for its transforms, which many channels
+// share, and what transforming a kernel costs more than packing it. Measured, as the constants.
+bool winograd_pays(const Conv2dShape& shape, Pass pass) {
+  constexpr int64_t kKernelCost = 136, kManyProducts = 256 * 256, kManyProductsTiles = 32;
+  const bool grad_weight = pass == Pass::kGradWeight;
+  const int64_t least_channels = grad_weight ? 16 : 24;
+  const int64_t tiles = shape.N * ceil_div(shape.P, 2) * ceil_div(shape.Q, 2), pixels = shape.N * shape.P * shape.Q;
+  const int64_t C = shape.C / shape.G, K = shape.K / shape.G;
+  if (!Winograd::can(shape) || std::min(C, K) < least_channels) return false;
+  // sums of many products leave the cache before they are transformed back
+  if (grad_weight && C * K > kManyProducts && tiles < kManyProductsTiles) return false;
+  return 16 * tiles * 6 / 5 + kKernelCost < 9 * pixels;
+}
+
 // The one chooser: by shape and memory format, never by thread count or alignment, so that the bits stay the same.
-Strategy choose(const Conv2dShape& shape, bool channels_last) {
+Strategy choose(const Conv2dShape& shape, Pass pass, bool channels_last) {
   if (Depthwise::can(shape)) return Strategy::kDepthwise;
   if (Pointwise::can(shape) && !channels_last) return Strategy::kPointwise;
-  if (Winograd::can(shape) && Winograd::pays(shape)) return Strategy::kWinograd;
+  if (winograd_pays(shape, pass)) return Strategy::kWinograd;
   return Strategy::kDirect;
 }
 
@@ -116,7 +132,8 @@ struct CpuConv2d : CpuKernels {
       forward(shape, x.load(), w.load(), bias == nullptr ? nullptr : offsets.data(), 1, y.view());
       y.store();
     } else {
-      run(shape, output, [&](auto strategy) { strategy.forward(shape, input, weight, bias, bias_stride, output); });
+      run(shape, Pass::kForward, output,
+          [&](auto strategy) { strategy.forward(shape, input, weight, bias, bias_stride, output); });
     }
   }
   template <class T>
@@ -130,7 +147,7 @@ struct CpuConv2d : CpuKernels {
       this->grad_input(shape, dy.load(), w.load(), bias == nullptr ? nullptr : offsets.data(), 1, dx.view());
       dx.store();
     } else {
-      run(shape, grad_input,
+      run(shape, Pass::kGradInput, grad_input,
           [&](auto strategy) { strategy.grad_input(shape, grad, weight, bias, bias_stride, grad_input); });
     }
   }
@@ -143,7 +160,8 @@ struct CpuConv2d : CpuKernels {
       this->grad_weight(shape, dy.load(), x.load(), dw.view());
       dw.store();
     } else {
-      run(shape, input, [&](auto strategy) { strategy.grad_weight(shape, grad, input, grad_weight); });
+      run(shape, Pass::kGradWeight, input,
+          [&](auto strategy) { strategy.grad_weight(shape, grad, input, grad_weight); });
     }
   }
   template <class T>
@@ -160,8 +178,8 @@ struct CpuConv2d : CpuKernels {
   }
 
   template <class T, class Run>
-  void run(const Conv2dShape& shape, const Strided4d<T>& images, const Run& run) const {
-    const Strategy strategy = forced != Strategy::kCount ? forced : choose(shape, images.stride_c == 1);
+  void run(const Conv2dShape& shape, Pass pass, const Strided4d<T>& images, const Run& run) const {
+    const Strategy strategy = forced != Strategy::kCount ? forced : choose(shape, pass, images.stride_c == 1);
     with_strategy(strategy, [&](auto chosen) {
       check(chosen.can(shape), "conv2d: this strategy cannot do this shape");
       run(chosen);

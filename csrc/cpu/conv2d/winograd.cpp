@@ -381,6 +381,7 @@ bool convolve(const Strided4d<const T>& source, int64_t H, int64_t W, int64_t D,
               const Strided4d<T>& target, int64_t N, int64_t P, int64_t Q, int64_t pad_top, int64_t pad_left) {
   const Tiling tiling = {N, ceil_div(P, 2), ceil_div(Q, 2), pad_top, pad_left};
   if (tiling.count() == 0 || M == 0) return true;
+  if (D == 0) return false;  // sums of nothing
   const PanelCuts<float> panels(M);
   const ChannelBlocks channels(D);
   const int64_t most_width = std::min<int64_t>(kPanelVectors * kFloats, panels.padded());
@@ -432,7 +433,9 @@ bool convolve(const Strided4d<const T>& source, int64_t H, int64_t W, int64_t D,
       [&](int64_t begin, int64_t end) {
         const int64_t sums_position = most_tiles * most_width + kSkew;
         const int64_t block_size = kPositions * (most_tiles * kBlockChannels + kSkew);
-        Scratch<float> transformed(channels.count() * block_size), sums(kPositions * sums_position);
+        const int64_t slots = own ? blocks.count : 1;  // with their own weights, tasks come back to each block
+        Scratch<float> all_transformed(slots * channels.count() * block_size), sums(kPositions * sums_position);
+        std::vector<int64_t> block_in_slot(slots, -1);
         Scratch<float> rows(most_tiles * 4 * most_width), bias_row(most_width);
         Tiles<4, T> tiles(source, H, W, tiling);
         Targets<T> targets(target, P, Q, tiling);
@@ -441,7 +444,7 @@ bool convolve(const Strided4d<const T>& source, int64_t H, int64_t W, int64_t D,
         const float zeros[kPanelVectors * kFloats] = {};
         Scratch<float> own_weights(own ? kPositions * (D * most_width + kSkew) : 0),
             packed(own ? 9 * kPackedChannels * most_width : 0);
-        int64_t last_block = -1, last_panel = -1;
+        int64_t last_panel = -1;
         for (int64_t task = begin; task < end; ++task) {
           const int64_t g = task / panels.count() / blocks.count, rest = task % (panels.count() * blocks.count);
           const int64_t b = own ? rest % blocks.count : rest / panels.count(),
@@ -455,21 +458,22 @@ bool convolve(const Strided4d<const T>& source, int64_t H, int64_t W, int64_t D,
           const int64_t first = blocks.begin(b) * tile_group;
           const int64_t count = std::min(blocks.length(b) * tile_group, tiling.count() - first);
           const auto tiles_position = [&](int64_t d) { return count * channels.pitch(d) + kSkew; };
-          if (g * blocks.count + b != last_block) {
-            last_block = g * blocks.count + b;
+          const int64_t slot = own ? b : 0;
+          float* transformed = all_transformed.data() + slot * channels.count() * block_size;
+          if (block_in_slot[slot] != g * blocks.count + b) {
+            block_in_slot[slot] = g * blocks.count + b;
             for (int64_t d = 0; d < channels.count(); ++d) {
               tiles.read(g * D + channels.first(d), channels.length(d), first, first + count);
               transform_tiles<InputTransform>(tiles, count, channels.length(d), channels.pitch(d), tiles_position(d),
-                                              transformed.data() + d * block_size);
+                                              transformed + d * block_size);
             }
-            targets.point_at(first, first + count);
           }
           for (int x = 0; x < kPositions; ++x) {
             float* sum = sums.data() + x * sums_position;
             for (int64_t t = 0; t < count; ++t) rows_of_sums[t] = sum + t * panel.width;
             for (int64_t d = 0; d < channels.count(); ++d) {
               for (int64_t t = 0; t < count; ++t) row[t] = t * channels.pitch(d);
-              multiply(count, transformed.data() + d * block_size + x * tiles_position(d), row.data(), depth[d],
+              multiply(count, transformed + d * block_size + x * tiles_position(d), row.data(), depth[d],
                        weights_of_panel + x * weight_position(panel) + channels.first(d) * panel.width, panel.width,
                        panel.width, d == 0 ? zeros : nullptr, rows_of_sums.data());
             }
@@ -478,6 +482,7 @@ bool convolve(const Strided4d<const T>& source, int64_t H, int64_t W, int64_t D,
             const bool has_bias = bias != nullptr && j < panel.count;
             bias_row.data()[j] = has_bias ? load(bias[(g * M + panel.first + j) * bias_stride]) : 0.0f;
           }
+          targets.point_at(first, first + count);
           const Panel place = {g * M + panel.first, panel.count, panel.width};
           if (!write_tiles(sums.data(), sums_position, count, bias_row.data(), place, targets, target.stride_c,
                            rows.data())) {

@@ -12,15 +12,6 @@ struct Winograd {
            shape.dilation_w == 1;
   }
 
-  // Whether it is faster than Direct. In multiply-adds for each pair of channels: 16 for a tile and a fifth more for
-  // its transforms, which many channels share, and what transforming a kernel costs more than packing it.
-  static bool pays(const Conv2dShape& shape) {
-    constexpr int64_t kFewChannels = 24, kKernelCost = 136;
-    const int64_t tiles = shape.N * ceil_div(shape.P, 2) * ceil_div(shape.Q, 2), pixels = shape.N * shape.P * shape.Q;
-    return shape.C / shape.G >= kFewChannels && shape.K / shape.G >= kFewChannels &&
-           16 * tiles * 6 / 5 + kKernelCost < 9 * pixels;
-  }
-
   template <class T>
   static void forward(const Conv2dShape& shape, Strided4d<const T> input, Strided4d<const T> weight, const T* bias,
                       int64_t bias_stride, Strided4d<T> output);
