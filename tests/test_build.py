@@ -114,7 +114,11 @@ def test_backend_asks_for_torch_only_where_there_is_none(monkeypatch, found, tor
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 @pytest.mark.parametrize(
-    ("operator", "kernels"), [("conv2d", "conv2d/direct.cpp"), ("reset_gate_rnn", "reset_gate_rnn/sequence.cpp")]
+    ("operator", "kernels"),
+    [
+        ("conv2d", ["conv2d/direct.cpp", "conv2d/pointwise.cpp", "conv2d/depthwise.cpp", "conv2d/winograd.cpp"]),
+        ("reset_gate_rnn", ["reset_gate_rnn/sequence.cpp"]),
+    ],
 )
 def test_kernels_under_sanitizers(operator, kernels, sanitizer, tmp_path):
     program = tmp_path / operator
@@ -122,7 +126,7 @@ def test_kernels_under_sanitizers(operator, kernels, sanitizer, tmp_path):
         f"tests/sanitizer/{operator}.cpp",
         "tests/sanitizer/parallel.cpp",
         "csrc/cpu/blocks.cpp",
-        f"csrc/cpu/{kernels}",
+        *(f"csrc/cpu/{kernel}" for kernel in kernels),
     ]
     flags = ["-std=c++20", "-O1", "-pthread", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
     subprocess.run(["g++", *flags, *sources, "-o", program], cwd=ROOT, check=True)

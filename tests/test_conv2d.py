@@ -1072,9 +1072,25 @@ class StrategyCase:
         return output, *torch.ops.dlkernels.conv2d_backward_by(number, grad, input, weight, *geometry, [True] * 3)
 
 
+def pointwise_cases():
+    """Around a panel of pixels (16, 32 or 64), the terms summed at a time (288) and whole tiles of channels."""
+    for pixels in (1, 15, 16, 17, 49, 63, 64, 65, 130):
+        yield f"{pixels}_pixels", (2, 5, 1, pixels), 7, 1, 1
+    for channels in (287, 288, 289, 600):
+        yield f"{channels}_channels", (1, channels, 5, 13), 9, 1, 1
+    yield "many_channels_out", (1, 20, 7, 7), 70, 1, 1
+    yield "stride_2", (3, 6, 9, 12), 8, 2, 1
+    yield "stride_3_leaves_pixels", (2, 6, 9, 11), 8, 3, 1
+    yield "groups", (2, 12, 6, 11), 20, 1, 4
+    yield "no_images", (0, 12, 6, 11), 20, 1, 1
+
+
 STRATEGY_CASES = [
     StrategyCase("depthwise", name, input, (input[1], 1, *kernel), stride, padding, dilation, input[1])
     for name, input, kernel, stride, padding, dilation in depthwise_cases()
+] + [
+    StrategyCase("pointwise", name, input, (K, input[1] // groups, 1, 1), (step, step), (0, 0, 0, 0), (1, 1), groups)
+    for name, input, K, step, groups in pointwise_cases()
 ]
 each_strategy_case = pytest.mark.parametrize("case", STRATEGY_CASES, ids=lambda case: f"{case.strategy}-{case.name}")
 

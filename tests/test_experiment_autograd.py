@@ -105,9 +105,9 @@ def test_pair_probabilities_add_up():
 
 def test_costs_are_those_of_every_size(results):
     cost = results["cost"]
-    assert cost["categories"] == [4**power for power in range(1, 7)]
+    assert cost["categories"] == [4**power for power in range(1, 6)]
     for found in cost["seconds"].values():
-        assert len(found["draw"]) == len(found["setup"]) == 6
+        assert len(found["draw"]) == len(found["setup"]) == 5
 
 
 def test_runs_are_repeatable(results, tmp_path):

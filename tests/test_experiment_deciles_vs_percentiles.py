@@ -69,7 +69,7 @@ def test_every_question_has_every_methods_score(record):
             score = found[with_target, n, method]
             assert 0 <= score["accuracy"] <= score["within_one_class"] <= 1
             assert score["standard_error"] == pytest.approx(score["spread"] / score["folds"] ** 0.5)
-    assert len(record["results"]["single_splits"]["10"]) == 20
+    assert len(record["results"]["single_splits"]["10"]) == 10
     assert record["results"]["classes_that_remain"]["10"] == 10
     assert 80 < record["results"]["classes_that_remain"]["100"] < 100  # 300 whole numbers have ties
     assert found[True, 10, "ridge, then classes"]["accuracy"] > 0.9

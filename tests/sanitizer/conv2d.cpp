@@ -5,7 +5,10 @@
 #include <random>
 #include <vector>
 
+#include "../../csrc/cpu/conv2d/depthwise.h"
 #include "../../csrc/cpu/conv2d/direct.h"
+#include "../../csrc/cpu/conv2d/pointwise.h"
+#include "../../csrc/cpu/conv2d/winograd.h"
 
 using namespace dlkernels;
 
@@ -42,6 +45,16 @@ Conv2dShape random_shape() {
     s.stride_h = draw(1, 3), s.stride_w = draw(1, 3);
     s.pad_top = draw(0, 3), s.pad_left = draw(0, 3);
     s.dilation_h = draw(1, 3), s.dilation_w = draw(1, 3);
+    switch (draw(0, 3)) {  // what a strategy is made for
+      case 0:
+        s.G = s.C = s.K = draw(1, 40);
+        break;
+      case 1:
+        s.R = s.S = 1, s.pad_top = s.pad_left = 0;
+        break;
+      case 2:
+        s.R = s.S = 3, s.stride_h = s.stride_w = s.dilation_h = s.dilation_w = 1;
+    }
     const int64_t room_h = s.H + s.pad_top + draw(0, 2) - s.dilation_h * (s.R - 1) - 1;
     const int64_t room_w = s.W + s.pad_left + draw(0, 2) - s.dilation_w * (s.S - 1) - 1;
     s.P = room_h / s.stride_h + 1, s.Q = room_w / s.stride_w + 1;
@@ -57,19 +70,21 @@ void expect(double got, double expected, const char* what) {
   std::exit(1);
 }
 
-template <class T>
-void check(const Conv2dShape& s) {
+// Whether the strategy can do the shape; then its results are right.
+template <class Strategy, class T>
+bool check(const Conv2dShape& s) {
+  if (!Strategy::can(s)) return false;
   const int64_t channels = s.C / s.G, kernels = s.K / s.G;
   Image<T> input({s.N, s.C, s.H, s.W}), weight({s.K, channels, s.R, s.S}), grad({s.N, s.K, s.P, s.Q});
   Image<T> output({s.N, s.K, s.P, s.Q}), grad_input(input), grad_weight(weight);
   std::vector<T> bias(s.K, store<T>(1)), bias_of_input(s.C, store<T>(2)), grad_bias(s.K);
-  conv2d_direct<T>(s, input.template view<const T>(), weight.template view<const T>(), bias.data(), 1,
-                   output.template view<T>());
-  conv2d_direct_grad_input<T>(s, grad.template view<const T>(), weight.template view<const T>(), bias_of_input.data(),
-                              1, grad_input.template view<T>());
-  conv2d_direct_grad_weight<T>(s, grad.template view<const T>(), input.template view<const T>(),
-                               grad_weight.template view<T>());
-  conv2d_direct_grad_bias<T>(s, grad.template view<const T>(), grad_bias.data());
+  Strategy::template forward<T>(s, input.template view<const T>(), weight.template view<const T>(), bias.data(), 1,
+                                output.template view<T>());
+  Strategy::template grad_input<T>(s, grad.template view<const T>(), weight.template view<const T>(),
+                                   bias_of_input.data(), 1, grad_input.template view<T>());
+  Strategy::template grad_weight<T>(s, grad.template view<const T>(), input.template view<const T>(),
+                                    grad_weight.template view<T>());
+  conv2d_grad_bias<T>(s, grad.template view<const T>(), grad_bias.data());
 
   // every product of the definition, added where it belongs
   std::vector<double> y(output.values.size(), 1.0), dx(input.values.size(), 2.0), dw(weight.values.size()), db(s.K);
@@ -103,16 +118,20 @@ void check(const Conv2dShape& s) {
   compare(grad_input, dx, "grad_input");
   compare(grad_weight, dw, "grad_weight");
   for (int64_t k = 0; k < s.K; ++k) expect<T>(load(grad_bias[k]), db[k], "grad_bias");
+  return true;
 }
 
 }  // namespace
 
 int main() {
-  for (int round = 0; round < 40; ++round) {
-    check<double>(random_shape());
-    check<float>(random_shape());
-    check<BFloat16>(random_shape());
-    check<Half>(random_shape());
+  int direct = 0, pointwise = 0, depthwise = 0, winograd = 0;
+  for (int round = 0; round < 120; ++round) {
+    direct += check<Direct, double>(random_shape()) + check<Direct, float>(random_shape());
+    pointwise += check<Pointwise, float>(random_shape());
+    depthwise += check<Depthwise, float>(random_shape());
+    winograd += check<Winograd, float>(random_shape());
   }
-  std::puts("conv2d: 160 random shapes right");
+  std::printf("conv2d: right for so many random shapes: direct %d, pointwise %d, depthwise %d, winograd %d\n", direct,
+              pointwise, depthwise, winograd);
+  return direct > 0 && pointwise > 0 && depthwise > 0 && winograd > 0 ? 0 : 1;
 }

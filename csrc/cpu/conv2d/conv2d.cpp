@@ -179,11 +179,15 @@ struct CpuConv2d : CpuKernels {
 
   template <class T, class Run>
   void run(const Conv2dShape& shape, Pass pass, const Strided4d<T>& images, const Run& run) const {
-    const Strategy strategy = forced != Strategy::kCount ? forced : choose(shape, pass, images.stride_c == 1);
-    with_strategy(strategy, [&](auto chosen) {
-      check(chosen.can(shape), "conv2d: this strategy cannot do this shape");
-      run(chosen);
-    });
+    if constexpr (std::is_same_v<std::remove_const_t<T>, double>) {  // to check derivatives with: right, not fast
+      run(Direct{});
+    } else {
+      const Strategy strategy = forced != Strategy::kCount ? forced : choose(shape, pass, images.stride_c == 1);
+      with_strategy(strategy, [&](auto chosen) {
+        check(chosen.can(shape), "conv2d: this strategy cannot do this shape");
+        run(chosen);
+      });
+    }
   }
 };
 

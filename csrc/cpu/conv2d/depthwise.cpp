@@ -904,14 +904,11 @@ void Depthwise::grad_weight(const Conv2dShape& shape, Strided4d<const T> grad, S
   multiply_plane_vectors(shape, grads.view(), images.view(), grad_weight);
 }
 
-#define DLKERNELS_INSTANTIATE(T)                                                                                     \
-  template void Depthwise::forward(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, const T*, int64_t,    \
-                                   Strided4d<T>);                                                                    \
-  template void Depthwise::grad_input(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, const T*, int64_t, \
-                                      Strided4d<T>);                                                                 \
-  template void Depthwise::grad_weight(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, Strided4d<T>);
-DLKERNELS_INSTANTIATE(double)
-DLKERNELS_INSTANTIATE(float)
-#undef DLKERNELS_INSTANTIATE
+template void Depthwise::forward(const Conv2dShape&, Strided4d<const float>, Strided4d<const float>, const float*,
+                                 int64_t, Strided4d<float>);
+template void Depthwise::grad_input(const Conv2dShape&, Strided4d<const float>, Strided4d<const float>, const float*,
+                                    int64_t, Strided4d<float>);
+template void Depthwise::grad_weight(const Conv2dShape&, Strided4d<const float>, Strided4d<const float>,
+                                     Strided4d<float>);
 
 }  // namespace dlkernels

@@ -5,8 +5,8 @@
 
 namespace dlkernels {
 
-// Every strategy has these four. T is double or float; bias (K) has stride bias_stride and may be null;
-// the rest is as in conv2d.h. A strategy is called only with a shape that it `can` do.
+// Every strategy has these four. T is float, and for Direct also double; bias (K) has stride bias_stride and may be
+// null; the rest is as in conv2d.h. A strategy is called only with a shape that it `can` do.
 struct Direct {
   static bool can(const Conv2dShape&) { return true; }
 

@@ -139,6 +139,7 @@ template <class T>
 void multiply_pixels(int64_t pixels, int64_t G, int64_t M, int64_t D, const Pixels<const T>& source,
                      const Matrix<T>& weight, const T* bias, int64_t bias_stride, const Pixels<T>& target) {
   using A = Accumulate<T>;
+  if (pixels == 0 || M == 0) return;
   constexpr int64_t kWidth = kPanelPixels<A>;
   std::optional<Scratch<A>> memory;
   const Matrix<A> matrix = as_sums(weight, G, M, D, memory);
@@ -220,14 +221,11 @@ void Pointwise::grad_weight(const Conv2dShape& shape, Strided4d<const T> grad, S
   Direct::grad_weight(shape, grad, input, grad_weight);
 }
 
-#define DLKERNELS_INSTANTIATE(T)                                                                                     \
-  template void Pointwise::forward(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, const T*, int64_t,    \
-                                   Strided4d<T>);                                                                    \
-  template void Pointwise::grad_input(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, const T*, int64_t, \
-                                      Strided4d<T>);                                                                 \
-  template void Pointwise::grad_weight(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, Strided4d<T>);
-DLKERNELS_INSTANTIATE(double)
-DLKERNELS_INSTANTIATE(float)
-#undef DLKERNELS_INSTANTIATE
+template void Pointwise::forward(const Conv2dShape&, Strided4d<const float>, Strided4d<const float>, const float*,
+                                 int64_t, Strided4d<float>);
+template void Pointwise::grad_input(const Conv2dShape&, Strided4d<const float>, Strided4d<const float>, const float*,
+                                    int64_t, Strided4d<float>);
+template void Pointwise::grad_weight(const Conv2dShape&, Strided4d<const float>, Strided4d<const float>,
+                                     Strided4d<float>);
 
 }  // namespace dlkernels

@@ -147,8 +147,8 @@ class Slab {
         columns(gather.J, most_columns()),
         rows(gather.I, most_rows()),
         images(gather.N, rows.count > 1 ? 1 : most_images()),
-        in_place_(std::is_same_v<T, A> && gather.source.stride_c == 1 && rows_.inside(gather.I, gather.H) &&
-                  columns_.inside(gather.J, gather.W)),
+        in_place_(std::is_same_v<T, A> && gather.D > 0 && gather.source.stride_c == 1 &&
+                  rows_.inside(gather.I, gather.H) && columns_.inside(gather.J, gather.W)),
         planes_(gather.taps.size() == 1 && gather.source.stride_c != 1 && gather.source.stride_w == 1) {
     const Strided4d<const T>& source = gather.source;
     const int64_t width = columns_.slots(columns.most()), height = rows_.slots(rows.most());
@@ -210,6 +210,7 @@ class Slab {
 
   // slab (images, height, width, D), or (images, D, height, width) as planes, zero outside the source
   void fill(int64_t channel, const Block& block, A* slab) const {
+    if (gather_.D == 0) return;
     const int64_t slots = columns_.slots(block.columns), step = columns_.slot_step;
     const int64_t w = columns_.source(block.j, 0);
     const int64_t begin = std::clamp(ceil_div(std::max<int64_t>(-w, 0), step), int64_t(0), slots);

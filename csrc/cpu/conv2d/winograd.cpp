@@ -590,16 +590,14 @@ bool correlate(const Conv2dShape& shape, const Strided4d<const T>& grad, const S
 template <class T>
 void Winograd::forward(const Conv2dShape& shape, Strided4d<const T> input, Strided4d<const T> weight, const T* bias,
                        int64_t bias_stride, Strided4d<T> output) {
-  if constexpr (!std::is_same_v<T, double>) {
-    const int64_t M = shape.K / shape.G, D = shape.C / shape.G;
-    const auto weight_of = [&](int64_t g) {
-      return WeightView<const T>{
-          weight.at(g * M, 0), weight.stride_n, weight.stride_c, weight.stride_h, weight.stride_w, 3, 3};
-    };
-    if (convolve(input, shape.H, shape.W, D, shape.G, M, taps_of_kernel(false), weight_of, bias, bias_stride, output,
-                 shape.N, shape.P, shape.Q, shape.pad_top, shape.pad_left)) {
-      return;
-    }
+  const int64_t M = shape.K / shape.G, D = shape.C / shape.G;
+  const auto weight_of = [&](int64_t g) {
+    return WeightView<const T>{
+        weight.at(g * M, 0), weight.stride_n, weight.stride_c, weight.stride_h, weight.stride_w, 3, 3};
+  };
+  if (convolve(input, shape.H, shape.W, D, shape.G, M, taps_of_kernel(false), weight_of, bias, bias_stride, output,
+               shape.N, shape.P, shape.Q, shape.pad_top, shape.pad_left)) {
+    return;
   }
   Direct::forward(shape, input, weight, bias, bias_stride, output);
 }
@@ -607,16 +605,14 @@ void Winograd::forward(const Conv2dShape& shape, Strided4d<const T> input, Strid
 template <class T>
 void Winograd::grad_input(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> weight, const T* bias,
                           int64_t bias_stride, Strided4d<T> grad_input) {
-  if constexpr (!std::is_same_v<T, double>) {
-    const int64_t M = shape.C / shape.G, D = shape.K / shape.G;
-    const auto weight_of = [&](int64_t g) {
-      return WeightView<const T>{
-          weight.at(g * D, 0), weight.stride_c, weight.stride_n, weight.stride_h, weight.stride_w, 3, 3};
-    };
-    if (convolve(grad, shape.P, shape.Q, D, shape.G, M, taps_of_kernel(true), weight_of, bias, bias_stride, grad_input,
-                 shape.N, shape.H, shape.W, 2 - shape.pad_top, 2 - shape.pad_left)) {
-      return;
-    }
+  const int64_t M = shape.C / shape.G, D = shape.K / shape.G;
+  const auto weight_of = [&](int64_t g) {
+    return WeightView<const T>{
+        weight.at(g * D, 0), weight.stride_c, weight.stride_n, weight.stride_h, weight.stride_w, 3, 3};
+  };
+  if (convolve(grad, shape.P, shape.Q, D, shape.G, M, taps_of_kernel(true), weight_of, bias, bias_stride, grad_input,
+               shape.N, shape.H, shape.W, 2 - shape.pad_top, 2 - shape.pad_left)) {
+    return;
   }
   Direct::grad_input(shape, grad, weight, bias, bias_stride, grad_input);
 }
@@ -624,20 +620,15 @@ void Winograd::grad_input(const Conv2dShape& shape, Strided4d<const T> grad, Str
 template <class T>
 void Winograd::grad_weight(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> input,
                            Strided4d<T> grad_weight) {
-  if constexpr (!std::is_same_v<T, double>) {
-    if (correlate(shape, grad, input, grad_weight)) return;
-  }
+  if (correlate(shape, grad, input, grad_weight)) return;
   Direct::grad_weight(shape, grad, input, grad_weight);
 }
 
-#define DLKERNELS_INSTANTIATE(T)                                                                                    \
-  template void Winograd::forward(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, const T*, int64_t,    \
-                                  Strided4d<T>);                                                                    \
-  template void Winograd::grad_input(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, const T*, int64_t, \
-                                     Strided4d<T>);                                                                 \
-  template void Winograd::grad_weight(const Conv2dShape&, Strided4d<const T>, Strided4d<const T>, Strided4d<T>);
-DLKERNELS_INSTANTIATE(double)
-DLKERNELS_INSTANTIATE(float)
-#undef DLKERNELS_INSTANTIATE
+template void Winograd::forward(const Conv2dShape&, Strided4d<const float>, Strided4d<const float>, const float*,
+                                int64_t, Strided4d<float>);
+template void Winograd::grad_input(const Conv2dShape&, Strided4d<const float>, Strided4d<const float>, const float*,
+                                   int64_t, Strided4d<float>);
+template void Winograd::grad_weight(const Conv2dShape&, Strided4d<const float>, Strided4d<const float>,
+                                    Strided4d<float>);
 
 }  // namespace dlkernels

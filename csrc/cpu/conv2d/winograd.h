@@ -5,11 +5,11 @@
 
 namespace dlkernels {
 
-// The interface is Direct's. float64 is left to Direct.
+// The interface is Direct's.
 struct Winograd {
   static bool can(const Conv2dShape& shape) {
-    return shape.R == 3 && shape.S == 3 && shape.stride_h == 1 && shape.stride_w == 1 && shape.dilation_h == 1 &&
-           shape.dilation_w == 1;
+    return shape.C > 0 && shape.R == 3 && shape.S == 3 && shape.stride_h == 1 && shape.stride_w == 1 &&
+           shape.dilation_h == 1 && shape.dilation_w == 1;
   }
 
   template <class T>
