@@ -6,6 +6,7 @@ width; G groups. conv_transpose2d keeps the letters of the convolution whose dir
 csrc/conv2d.h.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -289,7 +290,7 @@ def _by_definition(input, weight, bias, *geometry):
     return _reference_conv2d(*cast((input, weight, bias), autocast_dtype(input.device.type)), *geometry)
 
 
-_CONV2D = {"native": _with_kernels, "reference": _by_definition, "torch": F.conv2d}
+_CONV2D: dict[str, Callable] = {"native": _with_kernels, "reference": _by_definition, "torch": F.conv2d}
 
 
 def _pair(value):
@@ -374,7 +375,7 @@ def _transposed_by_definition(input, weight, bias, *geometry):
     return _reference_conv_transpose2d(*cast((input, weight, bias), autocast_dtype(input.device.type)), *geometry)
 
 
-_CONV_TRANSPOSE2D = {
+_CONV_TRANSPOSE2D: dict[str, Callable] = {
     "native": _transposed_with_kernels,
     "reference": _transposed_by_definition,
     "torch": F.conv_transpose2d,

@@ -407,8 +407,9 @@ class ResetGateRNN(nn.RNNBase):
                 input = F.dropout(input, self.dropout, self.training)
             outputs = []
             for reverse in (False, True) if self.bidirectional else (False,):
-                h0, parameters = zeros if hx is None else hx[len(h_n)], self._parameters_of(len(h_n))
-                output, last = reset_gate_rnn(input, h0, *parameters, self.reset, batch_sizes, reverse)
+                h0 = zeros if hx is None else hx[len(h_n)]
+                w_ih, w_hh, b_ih, b_hh = self._parameters_of(len(h_n))
+                output, last = reset_gate_rnn(input, h0, w_ih, w_hh, b_ih, b_hh, self.reset, batch_sizes, reverse)
                 outputs.append(output)
                 h_n.append(last)
             input = torch.cat(outputs, -1) if self.bidirectional else outputs[0]
