@@ -198,7 +198,7 @@ class TestBasicClassifiers:
 
         def interrupting(model, x, y):
             if next(calls) == stop_at:
-                os.kill(os.getpid(), signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
             return loss(model, x, y)
 
         with monkeypatch.context() as patch:

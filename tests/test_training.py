@@ -51,7 +51,7 @@ class StopAfter:
     def __call__(self, model, x, y):
         self.left -= 1
         if self.left == 0:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return loss(model, x, y)
 
 
@@ -214,9 +214,9 @@ class TestCtrlC:
     def test_a_second_one_interrupts_at_once_and_the_handler_is_put_back(self):
         before = signal.getsignal(signal.SIGINT)
 
-        def twice(model, x, y):
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
+        def twice(model, x, y):  # to this thread: two sent to the process may reach another one, and count as one
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
             return loss(model, x, y)
 
         with pytest.raises(KeyboardInterrupt):

@@ -19,8 +19,6 @@ namespace dlkernels {
 // the 32 (8*3 + 3 + 1) or 16 (4*3 + 3 + 1) vector registers.
 constexpr int kTileRows = kVectorRegisters == 32 ? 8 : 4;
 constexpr int kTileVectors = 3;
-template <class T>
-constexpr int kTileColumns = kTileVectors * kLanes<T>;
 
 // Few rows leave registers for more columns: with them, every chain of sums has others to run beside.
 constexpr int kFewRows = kTileRows / 2;
@@ -141,16 +139,6 @@ ScatteredTile<T> scattered_tile(int64_t row_count, int64_t vectors) {
     if (vectors < VECTORS) return scattered_tile<T, VECTORS - 1>(row_count, vectors);
   }
   return scattered_tile<VECTORS, T>(row_count, std::make_integer_sequence<int, tile_rows(VECTORS)>{});
-}
-
-// A panel of `row_count` <= kTileRows rows by `column_count` columns, a multiple of kTileColumns.
-template <class T>
-void multiply_panel(int64_t row_count, int64_t column_count, int64_t depth, const T* rows, const T* columns,
-                    int64_t column_stride, T* sums, int64_t sum_stride) {
-  const auto tile = tile_of<T, Interleaved<T>>(row_count, kTileVectors);
-  for (int64_t j = 0; j < column_count; j += kTileColumns<T>) {
-    tile(depth, Interleaved<T>{rows}, columns + j, column_stride, sums + j, sum_stride);
-  }
 }
 
 // The right operand packed: its columns, filled up with zeros to whole vectors, cut into panels of about the same

@@ -88,6 +88,10 @@ class Shape:
         x, w, y = self.sizes
         return itemsize * (self.slots(itemsize) * (x + y) + 3 * (x + w + y))
 
+    def job(self, *settings) -> "Conv2dJob":
+        """What makes and calls both sides."""
+        return Conv2dJob(self, *settings)
+
 
 def cases(suite: str, device: str, dtype: torch.dtype) -> list[Case]:
     """The suite's rows: both memory formats, both directions, without and with bias (quick: as in the network)."""
@@ -111,7 +115,7 @@ def make_case(list_, shape: Shape, layout, bias, direction, dtype, device="cpu")
         dtype=dtype,
         flops=shape.flops(backward),
         bytes=shape.bytes(backward, bias, dtype.itemsize),
-        build=lambda: Conv2dJob(shape, layout, bias, backward, dtype, device),
+        build=lambda: shape.job(layout, bias, backward, dtype, device),
     )
 
 

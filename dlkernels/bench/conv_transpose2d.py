@@ -13,7 +13,7 @@ from torch.nn.functional import conv2d, conv_transpose2d
 from torch.nn.grad import conv2d_weight
 
 from dlkernels.bench import shapes
-from dlkernels.bench.conv2d import DIRECTIONS, EXACT_FLOPS, FORMATS, Conv2dJob, spread
+from dlkernels.bench.conv2d import DIRECTIONS, EXACT_FLOPS, FORMATS, Conv2dJob, make_case, spread
 from dlkernels.bench.conv2d import Shape as Conv2dShape
 from dlkernels.bench.harness import Case
 
@@ -41,6 +41,9 @@ class Shape(Conv2dShape):
         size = f"{self.P}" if self.P == self.Q else f"{self.P}x{self.Q}"
         return " ".join([f"{self.N}x", f"{self.K}->{self.C}", f"{self.R}x{self.S}", *extra, f"@{size}"])
 
+    def job(self, *settings) -> "ConvTranspose2dJob":
+        return ConvTranspose2dJob(self, *settings)
+
 
 def cases(suite: str, device: str, dtype: torch.dtype) -> list[Case]:
     """The suite's rows: both memory formats, both directions, with bias as in the network."""
@@ -52,20 +55,6 @@ def cases(suite: str, device: str, dtype: torch.dtype) -> list[Case]:
             for direction in DIRECTIONS:
                 rows.append(make_case(line["list"], shape, layout, line["bias"] == "yes", direction, dtype, device))
     return rows
-
-
-def make_case(list_, shape: Shape, layout, bias, direction, dtype, device="cpu") -> Case:
-    backward = direction != "forward"
-    return Case(
-        list=list_,
-        name=shape.name,
-        variant=f"{layout}, bias" if bias else layout,
-        direction=direction,
-        dtype=dtype,
-        flops=shape.flops(backward),
-        bytes=shape.bytes(backward, bias, dtype.itemsize),
-        build=lambda: ConvTranspose2dJob(shape, layout, bias, backward, dtype, device),
-    )
 
 
 class ConvTranspose2dJob(Conv2dJob):

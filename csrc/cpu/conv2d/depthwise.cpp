@@ -1,8 +1,9 @@
 // conv2d of one input channel for each output channel (G = C = K), bound by the reading and writing of images.
 //
-//   output     [n, c, p, q] = bias[c] + sum over r, s of weight[c, r, s] * input[n, c, p*stride_h - ..., q*stride_w -
-//   ...] grad_input [n, c, h, w] = the same over grad, for each phase of h and w by the stride (stencil.h)
-//   grad_weight[c, r, s]    = sum over n, p, q of grad[n, c, p, q] * input[n, c, p*stride_h - ..., q*stride_w - ...]
+//   output     [n, c, p, q] = bias[c] + sum over r, s of weight[c, r, s] * input[n, c, h, w]
+//   grad_input [n, c, h, w] = the same over grad, for each phase of h and w by the stride (stencil.h)
+//   grad_weight[c, r, s]    = sum over n, p, q of grad[n, c, p, q] * input[n, c, h, w]
+// with h = p*stride_h - pad_top + r*dilation_h and w alike.
 //
 // Who owns what: channels_last: a task owns some rows of pixels of all channels; vectors run along the channels, and
 // source pixels are read where they lie; those outside the source are a pixel of zeros. NCHW: a task owns a block of
@@ -52,27 +53,22 @@ struct Taps {
 };
 using AnyTaps = Taps<0, 0, 1, 1>;
 
-// Calls run(Taps) with the taps of these axes, for float: each kind takes the compiler a second for each type. 3x3 with
-// stride 1 and 2, ...
-template <class T, class Run>
+// Calls run(Taps) with the taps of these axes: 3x3 with stride 1 and 2, ...
+template <class Run>
 void with_3x3(const Axis& h, const Axis& w, const Run& run) {
-  if constexpr (std::is_same_v<T, float>) {
-    if (Taps<3, 3, 1, 1>::fit(h, w)) return run(Taps<3, 3, 1, 1>{});
-    if (Taps<3, 3, 2, 2>::fit(h, w)) return run(Taps<3, 3, 2, 2>{});
-  }
+  if (Taps<3, 3, 1, 1>::fit(h, w)) return run(Taps<3, 3, 1, 1>{});
+  if (Taps<3, 3, 2, 2>::fit(h, w)) return run(Taps<3, 3, 2, 2>{});
   run(AnyTaps{});
 }
 
 // ... and what a phase of the latter's gradient has.
-template <class T, class Run>
+template <class Run>
 void with_taps(const Axis& h, const Axis& w, const Run& run) {
-  if constexpr (std::is_same_v<T, float>) {
-    if (Taps<2, 2, 1, 1>::fit(h, w)) return run(Taps<2, 2, 1, 1>{});
-    if (Taps<2, 1, 1, 1>::fit(h, w)) return run(Taps<2, 1, 1, 1>{});
-    if (Taps<1, 2, 1, 1>::fit(h, w)) return run(Taps<1, 2, 1, 1>{});
-    if (Taps<1, 1, 1, 1>::fit(h, w)) return run(Taps<1, 1, 1, 1>{});
-  }
-  with_3x3<T>(h, w, run);
+  if (Taps<2, 2, 1, 1>::fit(h, w)) return run(Taps<2, 2, 1, 1>{});
+  if (Taps<2, 1, 1, 1>::fit(h, w)) return run(Taps<2, 1, 1, 1>{});
+  if (Taps<1, 2, 1, 1>::fit(h, w)) return run(Taps<1, 2, 1, 1>{});
+  if (Taps<1, 1, 1, 1>::fit(h, w)) return run(Taps<1, 1, 1, 1>{});
+  with_3x3(h, w, run);
 }
 
 // ---- kernels: NCHW -------------------------------------------------------------------------------
@@ -139,10 +135,10 @@ void sum_block(const BlockOfRows<A>& block, const Axis& h, const Axis& w, const 
 template <class A>
 struct Blocks {
   Axis h, w;
-  Slab slab;
+  PaddedRows slab;
   int64_t rows, count;  // output rows of a block; blocks of a plane
 
-  Blocks(const Axis& h, const Axis& w) : h(h), w(w), slab(Slab::of<A>(w.first, w.reach(w.outputs))) {
+  Blocks(const Axis& h, const Axis& w) : h(h), w(w), slab(PaddedRows::of<A>(w.first, w.reach(w.outputs))) {
     const int64_t wanted = kSlabBytes / (slab.pitch * int64_t(sizeof(A)));
     count = ceil_div(h.outputs, std::max<int64_t>(wanted, kTileRows));
     rows = ceil_div(h.outputs, count);
@@ -190,7 +186,7 @@ void sum_planes(int64_t N, int64_t C, const Axis& h, const Axis& w, const Stride
       gather_weight(weight, c, h, w, factors.data());
       const A offset = bias == nullptr ? A(0) : load(bias[c * bias_stride]);
       T* to = target.at(n, c) + blocks.first(block) * target.stride_h;
-      with_taps<T>(h, w, [&]<class TAPS>(TAPS) {
+      with_taps(h, w, [&]<class TAPS>(TAPS) {
         sum_block<TAPS>(rows, h, w, factors.data(), offset, blocks.outputs(block), to, target.stride_h);
       });
     }
@@ -285,7 +281,7 @@ void multiply_planes(const Conv2dShape& shape, const Strided4d<const T>& grad, c
         const int64_t n = item / blocks.count, block = item % blocks.count, I = blocks.outputs(block);
         blocks.pack(input.at(n, c), input.stride_h, block, packed.data());
         const T* factors = grad.at(n, c) + blocks.first(block) * grad.stride_h;
-        with_3x3<T>(h, w, [&]<class TAPS>(TAPS) {
+        with_3x3(h, w, [&]<class TAPS>(TAPS) {
           if constexpr (TAPS::kKnown) {
             add_block_products<TAPS>(rows, factors, grad.stride_h, I, w.outputs, 1, sums.data());
           } else {
@@ -437,7 +433,7 @@ void sum_pixel_rows(const PixelSource<T>& source, int64_t n, int64_t begin, int6
     }
     return;
   }
-  with_taps<T>(h, w, [&](auto taps) {
+  with_taps(h, w, [&](auto taps) {
     for (int64_t i = begin; i < end; i += kPixelRows) {
       for (int64_t j = 0; j < w.outputs; j += kPixelColumns) {
         sum_tile(taps, Tile<kPixelRows, kPixelColumns>{}, std::min(i, end - kPixelRows),
@@ -580,7 +576,7 @@ void add_row_products(const PixelSource<T>& source, const Strided4d<const T>& gr
       });
     }
   };
-  with_3x3<T>(h, w, [&](auto taps) {
+  with_3x3(h, w, [&](auto taps) {
     int64_t i = begin;
     for (; i + kPixelRows <= end; i += kPixelRows) add_row(taps, Tile<kPixelRows, 0>{}, i);
     for (; i < end; ++i) add_row(AnyTaps{}, Tile<1, 0>{}, i);

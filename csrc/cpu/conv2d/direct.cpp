@@ -27,16 +27,11 @@ namespace {
 
 // ---- tuning constants ----------------------------------------------------------------------------
 
-constexpr int64_t kBlockTerms = 288;        // summed before a sum goes to memory: 32 channels of a 3 x 3 kernel
-constexpr int64_t kGradTerms = 640;         // of a task's part of grad_weight, which stays in the second cache
-constexpr int64_t kEnoughTasks = 8;         // for a handful of threads to share the work evenly
-constexpr int64_t kTaskProducts = 1 << 17;  // multiply-adds (some 2 us) below which a second thread does not pay
+constexpr int64_t kGradTerms = 640;  // of a task's part of grad_weight, which stays in the second cache
 
 // ---- launchers -----------------------------------------------------------------------------------
 
-int64_t grain_of(int64_t products_per_task) { return std::max<int64_t>(1, kTaskProducts / (products_per_task + 1)); }
-
-// A block of channels at every tap: the terms that one tile sums in registers.
+// T block of channels at every tap: the terms that one tile sums in registers.
 struct TermBlock {
   int64_t d, count;
   std::vector<int64_t> offsets;
@@ -56,14 +51,12 @@ std::vector<TermBlock> cut_terms(const Gather<T>& gather, const Slab<T>& slab) {
 
 // Where the sums of the block's pixels are made, rows[x]: in the target where a panel is all there and lies there side
 // by side (true), else in `sums` (pixels, width).
-template <class T, class A>
-bool rows_of_sums(const std::vector<T*>& places, const Panel& channels, int64_t stride_c, A* sums,
-                  std::vector<A*>& rows) {
-  if constexpr (std::is_same_v<T, A>) {
-    if (stride_c == 1 && channels.count == channels.width) {
-      for (size_t x = 0; x < places.size(); ++x) rows[x] = places[x] + channels.first;
-      return true;
-    }
+template <class T>
+bool rows_of_sums(const std::vector<T*>& places, const Panel& channels, int64_t stride_c, T* sums,
+                  std::vector<T*>& rows) {
+  if (stride_c == 1 && channels.count == channels.width) {
+    for (size_t x = 0; x < places.size(); ++x) rows[x] = places[x] + channels.first;
+    return true;
   }
   for (size_t x = 0; x < places.size(); ++x) rows[x] = sums + int64_t(x) * channels.width;
   return false;
@@ -74,23 +67,22 @@ bool rows_of_sums(const std::vector<T*>& places, const Panel& channels, int64_t 
 template <class T, class WeightOf>
 void gather_and_multiply(const Gather<T>& gather, int64_t G, int64_t M, const WeightOf& weight_of, const T* bias,
                          int64_t bias_stride, const Strided4d<T>& target) {
-  using A = Accumulate<T>;
   if (gather.N * gather.I * gather.J == 0 || M == 0) return;
   const Slab<T> slab(gather);
   const std::vector<TermBlock> terms = cut_terms(gather, slab);
-  const PanelCuts<A> panels(M);
+  const PanelCuts<T> panels(M);
   const int64_t depth = gather.terms();
 
   // Weights that several tasks use are packed before; else the task packs its own, a block at a time, in its cache.
   const int64_t blocks = slab.blocks();
   const bool shared = blocks > 1;
-  Scratch<A> packed(shared ? G * depth * panels.padded() : 0);
+  Scratch<T> packed(shared ? G * depth * panels.padded() : 0);
   if (shared) {
-    parallel_for(G * panels.count(), grain_of(depth * kPanelVectors * kLanes<A>), [&](int64_t begin, int64_t end) {
+    parallel_for(G * panels.count(), grain_of(depth * kPanelVectors * kLanes<T>), [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t g = task / panels.count();
         const Panel panel = panels[task % panels.count()];
-        A* to = packed.data() + (g * panels.padded() + panel.first) * depth;
+        T* to = packed.data() + (g * panels.padded() + panel.first) * depth;
         for (const TermBlock& block : terms) {
           pack_weight(weight_of(g), panel, gather.taps, block.d, block.count, to);
           to += block.offsets.size() * panel.width;
@@ -100,29 +92,29 @@ void gather_and_multiply(const Gather<T>& gather, int64_t G, int64_t M, const We
   }
 
   const Pieces splits(panels.count(), ceil_div(panels.count(), ceil_div(kEnoughTasks, G * blocks)));
-  const int64_t products = slab.most_pixels() * splits.most() * kPanelVectors * kLanes<A> * depth;
+  const int64_t products = slab.most_pixels() * splits.most() * kPanelVectors * kLanes<T> * depth;
   parallel_for(G * blocks * splits.count, grain_of(products), [&](int64_t begin, int64_t end) {
-    Scratch<A> memory(slab.size()), sums(slab.most_pixels() * kPanelVectors * kLanes<A>);
-    Scratch<A> own_weight(shared ? 0 : std::max<int64_t>(kBlockTerms, gather.taps.size()) * kPanelVectors * kLanes<A>);
-    A start[kPanelVectors * kLanes<A>];
+    Scratch<T> memory(slab.size()), sums(slab.most_pixels() * kPanelVectors * kLanes<T>);
+    Scratch<T> own_weight(shared ? 0 : std::max<int64_t>(kBlockTerms, gather.taps.size()) * kPanelVectors * kLanes<T>);
+    T start[kPanelVectors * kLanes<T>];
     std::vector<int64_t> offsets;
     std::vector<T*> places;
-    std::vector<A*> rows(slab.most_pixels());
+    std::vector<T*> rows(slab.most_pixels());
     for (int64_t task = begin; task < end; ++task) {
       const int64_t split = task % splits.count, g = task / splits.count / blocks;
       const Block block = slab.block(task / splits.count % blocks);
       const int64_t pixels = block.pixels();
-      const A* source = slab.gather(g * gather.D, block, memory.data());
+      const T* source = slab.gather(g * gather.D, block, memory.data());
       slab.offsets_of_pixels(block, offsets);
       target_of_pixels(target, block, places);
       for (int64_t p = splits.begin(split); p < splits.begin(split + 1); ++p) {
         const Panel panel = panels[p];
         const Panel channels = {g * M + panel.first, panel.count, panel.width};
         for (int64_t j = 0; j < panel.width; ++j) {
-          start[j] = bias != nullptr && j < panel.count ? load(bias[(channels.first + j) * bias_stride]) : A(0);
+          start[j] = bias != nullptr && j < panel.count ? bias[(channels.first + j) * bias_stride] : T(0);
         }
         const bool in_place = rows_of_sums(places, channels, target.stride_c, sums.data(), rows);
-        const A* columns = packed.data() + (g * panels.padded() + panel.first) * depth;
+        const T* columns = packed.data() + (g * panels.padded() + panel.first) * depth;
         for (const TermBlock& term : terms) {
           if (!shared) {
             pack_weight(weight_of(g), panel, gather.taps, term.d, term.count, own_weight.data());
@@ -171,27 +163,25 @@ Gather<T> gather_grad(const Conv2dShape& shape, const Strided4d<const T>& grad, 
   return gather;
 }
 
-// A matrix in memory, rows `stride` apart.
-template <class A>
+// T matrix in memory, rows `stride` apart.
+template <class T>
 struct Columns {
-  const A* data;
+  const T* data;
   int64_t stride;
 };
 
 // columns[x][j] = grad[pixel x of the block, channel + j], 0 for the padding: packed into `columns`, or grad itself
 // where it is such a matrix
 template <class T>
-Columns<Accumulate<T>> grad_columns(const Strided4d<const T>& grad, int64_t channel, const Panel& panel,
-                                    const Block& block, Accumulate<T>* columns) {
-  const Columns<Accumulate<T>> packed = {columns, panel.width};
+Columns<T> grad_columns(const Strided4d<const T>& grad, int64_t channel, const Panel& panel, const Block& block,
+                        T* columns) {
+  const Columns<T> packed = {columns, panel.width};
   const bool rows_join = block.rows == 1 || grad.stride_h == block.columns * grad.stride_w;
   const bool images_join = block.images == 1 || grad.stride_n == block.rows * block.columns * grad.stride_w;
-  if constexpr (std::is_same_v<T, Accumulate<T>>) {
-    if (grad.stride_c == 1 && rows_join && images_join && panel.count == panel.width) {
-      return {&grad.at(block.n, channel, block.i, block.j), grad.stride_w};
-    }
+  if (grad.stride_c == 1 && rows_join && images_join && panel.count == panel.width) {
+    return {&grad.at(block.n, channel, block.i, block.j), grad.stride_w};
   }
-  if (panel.count < panel.width) std::fill_n(columns, block.pixels() * panel.width, Accumulate<T>(0));
+  if (panel.count < panel.width) std::fill_n(columns, block.pixels() * panel.width, T(0));
   const int64_t run = rows_join ? block.rows * block.columns : block.columns;
   for (int64_t n = 0; n < block.images; ++n) {
     for (int64_t i = 0; i < block.rows; i += run / block.columns) {
@@ -267,7 +257,6 @@ template <class T>
 void Direct::grad_weight(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> input,
                          Strided4d<T> grad_weight) {
   if (shape.C == 0) return;
-  using A = Accumulate<T>;
   const Gather<T> gather = gather_input(shape, input);
   const int64_t M = shape.K / shape.G;
   const Pieces cuts(gather.D, kGradTerms / int64_t(gather.taps.size()));
@@ -275,8 +264,8 @@ void Direct::grad_weight(const Conv2dShape& shape, Strided4d<const T> grad, Stri
   for (int64_t i = 0; i < cuts.count; ++i) {
     parts.push_back(std::make_unique<GradPart<T>>(cuts.begin(i), cuts.length(i), gather));
   }
-  const PanelCuts<A> panels(M);
-  const int64_t most_width = std::min<int64_t>(kPanelVectors * kLanes<A>, panels.padded());
+  const PanelCuts<T> panels(M);
+  const int64_t most_width = std::min<int64_t>(kPanelVectors * kLanes<T>, panels.padded());
   const int64_t most_terms = cuts.most() * int64_t(gather.taps.size());
   const int64_t tasks = shape.G * panels.count() * cuts.count;
   int64_t blocks = parts[0]->slab.blocks();
@@ -291,7 +280,7 @@ void Direct::grad_weight(const Conv2dShape& shape, Strided4d<const T> grad, Stri
     return Task{*parts[task % cuts.count], panels[task / cuts.count % panels.count()],
                 task / cuts.count / panels.count()};
   };
-  const auto finish = [&](const Task& task, const A* sums) {
+  const auto finish = [&](const Task& task, const T* sums) {
     const WeightView<T> view = {grad_weight.at(task.g * M, task.part.first),
                                 grad_weight.stride_n,
                                 grad_weight.stride_c,
@@ -302,7 +291,7 @@ void Direct::grad_weight(const Conv2dShape& shape, Strided4d<const T> grad, Stri
     unpack_weight(sums, task.panel, gather.taps, task.part.gather.D, view);
   };
 
-  Scratch<A> partial(chunks > 1 ? tasks * chunks * most_terms * most_width : 0);
+  Scratch<T> partial(chunks > 1 ? tasks * chunks * most_terms * most_width : 0);
   const int64_t products = ceil_div(shape.N * shape.P * shape.Q, chunks) * most_terms * most_width;
   parallel_for(tasks * chunks, grain_of(products), [&](int64_t begin, int64_t end) {
     int64_t most_memory = 0, most_pixels = 0;
@@ -310,20 +299,20 @@ void Direct::grad_weight(const Conv2dShape& shape, Strided4d<const T> grad, Stri
       most_memory = std::max(most_memory, part->slab.size());
       most_pixels = std::max(most_pixels, part->slab.most_pixels());
     }
-    Scratch<A> memory(most_memory), columns(most_pixels * most_width), own(chunks > 1 ? 0 : most_terms * most_width);
-    const A zeros[kPanelVectors * kLanes<A>] = {};
+    Scratch<T> memory(most_memory), columns(most_pixels * most_width), own(chunks > 1 ? 0 : most_terms * most_width);
+    const T zeros[kPanelVectors * kLanes<T>] = {};
     std::vector<int64_t> offsets;
-    std::vector<A*> rows(most_terms);
+    std::vector<T*> rows(most_terms);
     for (int64_t index = begin; index < end; ++index) {
       const Task task = task_of(index / chunks);
       const int64_t terms = task.part.terms.size(), width = task.panel.width, chunk = index % chunks;
-      A* sums = chunks > 1 ? partial.data() + index * most_terms * most_width : own.data();
+      T* sums = chunks > 1 ? partial.data() + index * most_terms * most_width : own.data();
       for (int64_t l = 0; l < terms; ++l) rows[l] = sums + l * width;
-      if (blocks == 0) std::fill_n(sums, terms * width, A(0));
+      if (blocks == 0) std::fill_n(sums, terms * width, T(0));
       const int64_t blocks_of_part = task.part.slab.blocks(), first = blocks_of_part * chunk / chunks;
       for (int64_t b = first; b < blocks_of_part * (chunk + 1) / chunks; ++b) {
         const Block block = task.part.slab.block(b);
-        const A* source = task.part.slab.gather(task.g * gather.D + task.part.first, block, memory.data());
+        const T* source = task.part.slab.gather(task.g * gather.D + task.part.first, block, memory.data());
         task.part.slab.offsets_of_pixels(block, offsets);
         const auto of_grad = grad_columns(grad, task.g * M + task.panel.first, task.panel, block, columns.data());
         multiply(terms, source, task.part.terms.data(), offsets, of_grad.data, of_grad.stride, width,
@@ -336,9 +325,9 @@ void Direct::grad_weight(const Conv2dShape& shape, Strided4d<const T> grad, Stri
   parallel_for(tasks, grain_of(most_terms * most_width * chunks), [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {
       const Task task = task_of(index);
-      A* sums = partial.data() + index * chunks * most_terms * most_width;
+      T* sums = partial.data() + index * chunks * most_terms * most_width;
       for (int64_t chunk = 1; chunk < chunks; ++chunk) {
-        const A* more = sums + chunk * most_terms * most_width;
+        const T* more = sums + chunk * most_terms * most_width;
         for (int64_t i = 0; i < int64_t(task.part.terms.size()) * task.panel.width; ++i) sums[i] += more[i];
       }
       finish(task, sums);

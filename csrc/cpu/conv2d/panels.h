@@ -10,7 +10,17 @@
 
 namespace dlkernels {
 
-constexpr int kPanelVectors = kVectorRegisters == 32 ? 4 : 2;  // they divide the usual numbers of channels
+// ---- tuning constants of the strategies that are matrix products -----------------------------------
+
+constexpr int kPanelVectors = kVectorRegisters == 32 ? 4 : 2;  // of channels: they divide the usual numbers of channels
+constexpr int64_t kBlockTerms = 288;        // summed before a sum goes to memory: 32 channels of a 3 x 3 kernel
+constexpr int64_t kEnoughTasks = 8;         // for a handful of threads to share the work evenly
+constexpr int64_t kTaskProducts = 1 << 17;  // multiply-adds (some 2 us) below which a second thread does not pay
+
+// Tasks of so many multiply-adds that one thread takes at least.
+inline int64_t grain_of(int64_t products_per_task) {
+  return std::max<int64_t>(1, kTaskProducts / (products_per_task + 1));
+}
 
 // weight[m, d, tap] lies at data[m*stride_m + d*stride_d + tap.r*stride_r + tap.s*stride_s]; T may be const.
 template <class T>
@@ -27,14 +37,14 @@ struct WeightView {
 struct Panel {
   int64_t first, count, width;
 };
-template <class A>
+template <class T>
 class PanelCuts {
  public:
-  explicit PanelCuts(int64_t M) : M_(M), vectors_(ceil_div(M, kLanes<A>), kPanelVectors) {}
+  explicit PanelCuts(int64_t M) : M_(M), vectors_(ceil_div(M, kLanes<T>), kPanelVectors) {}
   int64_t count() const { return vectors_.count; }
-  int64_t padded() const { return vectors_.size * kLanes<A>; }
+  int64_t padded() const { return vectors_.size * kLanes<T>; }
   Panel operator[](int64_t panel) const {
-    const int64_t first = vectors_.begin(panel) * kLanes<A>, width = vectors_.length(panel) * kLanes<A>;
+    const int64_t first = vectors_.begin(panel) * kLanes<T>, width = vectors_.length(panel) * kLanes<T>;
     return {first, std::min(width, M_ - first), width};
   }
 
@@ -78,9 +88,8 @@ void for_each_run(const WeightView<T>& weight, const std::vector<Tap>& taps, int
 // packed[l][j] = weight[first + j, d, tap] for l = t*d_count + d - d_begin, 0 for the padding; packed (terms, width)
 template <class T>
 void pack_weight(const WeightView<const T>& weight, const Panel& panel, const std::vector<Tap>& taps, int64_t d_begin,
-                 int64_t d_count, Accumulate<T>* packed) {
-  using A = Accumulate<T>;
-  constexpr int64_t L = kLanes<A>;
+                 int64_t d_count, T* packed) {
+  constexpr int64_t L = kLanes<T>;
   const WeightView<const T> view = {weight.data + panel.first * weight.stride_m,
                                     weight.stride_m,
                                     weight.stride_d,
@@ -93,7 +102,7 @@ void pack_weight(const WeightView<const T>& weight, const Panel& panel, const st
       for (int64_t d = d_begin; d < d_begin + d_count; ++d, packed += panel.width) {
         const T* from = view.data + d * view.stride_d + view.offset(tap);
         for (int64_t j = 0; j < panel.width; j += L) {
-          store_vector(packed + j, load_as<A>(from + j, std::clamp<int64_t>(panel.count - j, 0, L)));
+          store_vector(packed + j, load_as<T>(from + j, std::clamp<int64_t>(panel.count - j, 0, L)));
         }
       }
     }
@@ -103,10 +112,10 @@ void pack_weight(const WeightView<const T>& weight, const Panel& panel, const st
     for (int64_t j = 0; j < panel.width; j += L) {
       const int64_t columns = std::clamp<int64_t>(panel.count - j, 0, L);
       for (int64_t q = 0; q < count; q += L) {
-        Vector<A> block[L] = {};
+        Vector<T> block[L] = {};
         const int64_t lanes = std::min(L, count - q);
-        for (int64_t i = 0; i < columns; ++i) block[i] = load_as<A>(from + (j + i) * view.stride_m + q, lanes);
-        transpose<A>(block);
+        for (int64_t i = 0; i < columns; ++i) block[i] = load_as<T>(from + (j + i) * view.stride_m + q, lanes);
+        transpose<T>(block);
         for (int64_t i = 0; i < lanes; ++i) {
           if (row[q + i] >= 0) store_vector(packed + row[q + i] * panel.width + j, block[i]);
         }
@@ -117,10 +126,9 @@ void pack_weight(const WeightView<const T>& weight, const Panel& panel, const st
 
 // The way back, for all channels: weight[first + j, d, tap] = sums[t*D + d][j]
 template <class T>
-void unpack_weight(const Accumulate<T>* sums, const Panel& panel, const std::vector<Tap>& taps, int64_t D,
+void unpack_weight(const T* sums, const Panel& panel, const std::vector<Tap>& taps, int64_t D,
                    const WeightView<T>& weight) {
-  using A = Accumulate<T>;
-  constexpr int64_t L = kLanes<A>;
+  constexpr int64_t L = kLanes<T>;
   const WeightView<T> view = {weight.data + panel.first * weight.stride_m,
                               weight.stride_m,
                               weight.stride_d,
@@ -131,12 +139,12 @@ void unpack_weight(const Accumulate<T>* sums, const Panel& panel, const std::vec
   for_each_run(view, taps, 0, D, [&](T* to, const int64_t* row, int64_t count) {
     for (int64_t j = 0; j < panel.count; j += L) {
       for (int64_t q = 0; q < count; q += L) {
-        Vector<A> block[L] = {};
+        Vector<T> block[L] = {};
         const int64_t lanes = std::min(L, count - q);
         for (int64_t i = 0; i < lanes; ++i) block[i] = load_vector(sums + row[q + i] * panel.width + j);
-        transpose<A>(block);
+        transpose<T>(block);
         for (int64_t i = 0; i < std::min(L, panel.count - j); ++i) {
-          store_as<A>(to + (j + i) * view.stride_m + q, lanes, block[i]);
+          store_as<T>(to + (j + i) * view.stride_m + q, lanes, block[i]);
         }
       }
     }
@@ -145,12 +153,12 @@ void unpack_weight(const Accumulate<T>* sums, const Panel& panel, const std::vec
 
 // sums[m][j] += sum over l of data[row[m] + depth[l]] * columns[l][j], for vectors of columns that one tile takes; with
 // `start`, sums[m][j] = start[j] + ...
-template <class A>
-void multiply(int64_t row_count, const A* data, const int64_t* row, const std::vector<int64_t>& depth, const A* columns,
-              int64_t column_stride, int64_t width, const A* start, A* const* sums) {
-  const int64_t vectors = width / kLanes<A>, rows = tile_rows(int(vectors));
+template <class T>
+void multiply(int64_t row_count, const T* data, const int64_t* row, const std::vector<int64_t>& depth, const T* columns,
+              int64_t column_stride, int64_t width, const T* start, T* const* sums) {
+  const int64_t vectors = width / kLanes<T>, rows = tile_rows(int(vectors));
   for (int64_t m = 0; m < row_count; m += rows) {
-    const auto tile = scattered_tile<A>(std::min(rows, row_count - m), vectors);
+    const auto tile = scattered_tile<T>(std::min(rows, row_count - m), vectors);
     tile(int64_t(depth.size()), {data, row + m, depth.data()}, columns, column_stride, start, sums + m);
   }
 }
@@ -171,26 +179,25 @@ void target_of_pixels(const Strided4d<T>& target, const Block& block, std::vecto
 
 // pixels[x][(first + j)*stride_c] = sums[x][j] for j < panel.count; sums (pixels, panel.width)
 template <class T>
-void write_pixels(const Accumulate<T>* sums, const Panel& panel, const std::vector<T*>& pixels, int64_t stride_c) {
-  using A = Accumulate<T>;
-  constexpr int64_t L = kLanes<A>;
+void write_pixels(const T* sums, const Panel& panel, const std::vector<T*>& pixels, int64_t stride_c) {
+  constexpr int64_t L = kLanes<T>;
   const int64_t pixel_count = pixels.size();
   for (int64_t x = 0; x < pixel_count;) {
     int64_t run = 1;  // pixels side by side
     while (run < L && x + run < pixel_count && pixels[x + run] == pixels[x] + run) ++run;
     T* to = pixels[x] + panel.first * stride_c;
-    const A* from = sums + x * panel.width;
+    const T* from = sums + x * panel.width;
     for (int64_t j = 0; j < panel.count; j += L) {
       const int64_t lanes = std::min(L, panel.count - j);
       if (stride_c == 1) {
-        store_as<A>(to + j, lanes, load_vector(from + j));
+        store_as<T>(to + j, lanes, load_vector(from + j));
       } else if (run == 1) {
-        for (int64_t i = j; i < j + lanes; ++i) to[i * stride_c] = store<T>(from[i]);
+        for (int64_t i = j; i < j + lanes; ++i) to[i * stride_c] = from[i];
       } else {
-        Vector<A> block[L] = {};
+        Vector<T> block[L] = {};
         for (int64_t i = 0; i < run; ++i) block[i] = load_vector(from + i * panel.width + j);
-        transpose<A>(block);
-        for (int64_t i = 0; i < lanes; ++i) store_as<A>(to + (j + i) * stride_c, run, block[i]);
+        transpose<T>(block);
+        for (int64_t i = 0; i < lanes; ++i) store_as<T>(to + (j + i) * stride_c, run, block[i]);
       }
     }
     x += stride_c == 1 ? 1 : run;

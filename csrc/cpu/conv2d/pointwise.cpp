@@ -9,7 +9,6 @@
 #include "pointwise.h"
 
 #include <algorithm>
-#include <optional>
 #include <vector>
 
 #include "../parallel.h"
@@ -22,16 +21,12 @@ namespace {
 
 // ---- tuning constants ----------------------------------------------------------------------------
 
-constexpr int64_t kBlockTerms = 288;        // summed before a sum goes to memory
-constexpr int64_t kEnoughTasks = 8;         // for a handful of threads to share the work evenly
-constexpr int64_t kTaskProducts = 1 << 17;  // multiply-adds (some 2 us) below which a second thread does not pay
-
-template <class A>
-constexpr int64_t kPanelPixels = kPanelVectors * kLanes<A>;
+template <class T>
+constexpr int64_t kPanelPixels = kPanelVectors * kLanes<T>;
 
 // ---- kernels -------------------------------------------------------------------------------------
 
-// A grid of N x P x Q pixels in memory, `step` apart: pixel x of the flattened grid is (n, p, q).
+// T grid of N x P x Q pixels in memory, `step` apart: pixel x of the flattened grid is (n, p, q).
 template <class T>
 struct Pixels {
   Strided4d<T> image;
@@ -56,10 +51,9 @@ struct Pixels {
 
 // columns[d][lane] = pixel x + lane of channel d, 0 for the lanes from `count` on; columns (D, kPanelPixels)
 template <class T>
-void pack_pixels(const Pixels<const T>& pixels, int64_t channel, int64_t D, int64_t x, int64_t count,
-                 Accumulate<T>* columns) {
-  constexpr int64_t kWidth = kPanelPixels<Accumulate<T>>;
-  if (count < kWidth) std::fill_n(columns, D * kWidth, Accumulate<T>(0));
+void pack_pixels(const Pixels<const T>& pixels, int64_t channel, int64_t D, int64_t x, int64_t count, T* columns) {
+  constexpr int64_t kWidth = kPanelPixels<T>;
+  if (count < kWidth) std::fill_n(columns, D * kWidth, T(0));
   pixels.for_each_run(x, count, [&](const T* first, int64_t lane, int64_t length) {
     for (int64_t d = 0; d < D; ++d) {
       copy_pixels(first + (channel + d) * pixels.image.stride_c, pixels.stride_w(), 1, length, 1,
@@ -70,22 +64,16 @@ void pack_pixels(const Pixels<const T>& pixels, int64_t channel, int64_t D, int6
 
 // pixel x + lane of channel m = sums[m][lane]; sums (M, kPanelPixels)
 template <class T>
-void unpack_pixels(const Accumulate<T>* sums, int64_t channel, int64_t M, int64_t x, int64_t count,
-                   const Pixels<T>& pixels) {
-  using A = Accumulate<T>;
-  constexpr int64_t L = kLanes<A>;
+void unpack_pixels(const T* sums, int64_t channel, int64_t M, int64_t x, int64_t count, const Pixels<T>& pixels) {
   const int64_t stride = pixels.stride_w();
   pixels.for_each_run(x, count, [&](T* first, int64_t lane, int64_t length) {
     for (int64_t m = 0; m < M; ++m) {
-      const A* from = sums + m * kPanelPixels<A> + lane;
+      const T* from = sums + m * kPanelPixels<T> + lane;
       T* to = first + (channel + m) * pixels.image.stride_c;
       if (stride == 1) {
-        for (int64_t i = 0; i < length; i += L) {
-          const int64_t lanes = std::min(L, length - i);
-          store_as<A>(to + i, lanes, load_as<A>(from + i, lanes));
-        }
+        copy_run(from, length, to);
       } else {
-        for (int64_t i = 0; i < length; ++i) to[i * stride] = store<T>(from[i]);
+        for (int64_t i = 0; i < length; ++i) to[i * stride] = from[i];
       }
     }
   });
@@ -98,37 +86,17 @@ struct Matrix {
   int64_t stride_g, stride_m, stride_d;
 };
 
-// The weights in the type that sums are made in: where they lie, or converted into `memory` (G, M, D).
-template <class T>
-Matrix<Accumulate<T>> as_sums(const Matrix<T>& weight, int64_t G, int64_t M, int64_t D,
-                              std::optional<Scratch<Accumulate<T>>>& memory) {
-  if constexpr (std::is_same_v<T, Accumulate<T>>) {
-    return weight;
-  } else {
-    Accumulate<T>* to = memory.emplace(G * M * D).data();
-    for (int64_t g = 0; g < G; ++g) {
-      for (int64_t m = 0; m < M; ++m) {
-        const T* from = weight.data + g * weight.stride_g + m * weight.stride_m;
-        for (int64_t d = 0; d < D; ++d) *to++ = load(from[d * weight.stride_d]);
-      }
-    }
-    return {memory->data(), M * D, D, 1};
-  }
-}
-
 // Where the sums of a panel are made, rows[m]: in the target where all its pixels lie there side by side (true), else
 // in `sums` (M, kPanelPixels).
-template <class T, class A>
-bool rows_of_sums(const Pixels<T>& target, int64_t channel, int64_t x, int64_t count, A* sums, std::vector<A*>& rows) {
+template <class T>
+bool rows_of_sums(const Pixels<T>& target, int64_t channel, int64_t x, int64_t count, T* sums, std::vector<T*>& rows) {
   bool in_place = false;
-  if constexpr (std::is_same_v<T, A>) {
-    target.for_each_run(x, count, [&](T* first, int64_t, int64_t length) {
-      in_place = length == kPanelPixels<A> && target.stride_w() == 1;
-      for (size_t m = 0; m < rows.size(); ++m) rows[m] = first + (channel + int64_t(m)) * target.image.stride_c;
-    });
-  }
+  target.for_each_run(x, count, [&](T* first, int64_t, int64_t length) {
+    in_place = length == kPanelPixels<T> && target.stride_w() == 1;
+    for (size_t m = 0; m < rows.size(); ++m) rows[m] = first + (channel + int64_t(m)) * target.image.stride_c;
+  });
   if (in_place) return true;
-  for (size_t m = 0; m < rows.size(); ++m) rows[m] = sums + int64_t(m) * kPanelPixels<A>;
+  for (size_t m = 0; m < rows.size(); ++m) rows[m] = sums + int64_t(m) * kPanelPixels<T>;
   return false;
 }
 
@@ -137,12 +105,9 @@ bool rows_of_sums(const Pixels<T>& target, int64_t channel, int64_t x, int64_t c
 // target[g*M + m, x] = bias[g*M + m] + sum over d of weight[m, d] * source[g*D + d, x]
 template <class T>
 void multiply_pixels(int64_t pixels, int64_t G, int64_t M, int64_t D, const Pixels<const T>& source,
-                     const Matrix<T>& weight, const T* bias, int64_t bias_stride, const Pixels<T>& target) {
-  using A = Accumulate<T>;
+                     const Matrix<T>& matrix, const T* bias, int64_t bias_stride, const Pixels<T>& target) {
   if (pixels == 0 || M == 0) return;
-  constexpr int64_t kWidth = kPanelPixels<A>;
-  std::optional<Scratch<A>> memory;
-  const Matrix<A> matrix = as_sums(weight, G, M, D, memory);
+  constexpr int64_t kWidth = kPanelPixels<T>;
   std::vector<std::vector<int64_t>> depth;
   const Pieces cuts(D, kBlockTerms);
   for (int64_t b = 0; b < cuts.count; ++b) {
@@ -151,12 +116,11 @@ void multiply_pixels(int64_t pixels, int64_t G, int64_t M, int64_t D, const Pixe
   }
   const int64_t panels = ceil_div(pixels, kWidth);
   const Pieces splits(M, ceil_div(M, ceil_div(kEnoughTasks, G * panels)));
-  const int64_t grain = std::max<int64_t>(1, kTaskProducts / (splits.most() * D * kWidth + 1));
-  parallel_for(G * panels * splits.count, grain, [&](int64_t begin, int64_t end) {
-    Scratch<A> columns(D * kWidth), sums(splits.most() * kWidth);
+  parallel_for(G * panels * splits.count, grain_of(splits.most() * D * kWidth), [&](int64_t begin, int64_t end) {
+    Scratch<T> columns(D * kWidth), sums(splits.most() * kWidth);
     std::vector<int64_t> offsets(splits.most());
     for (int64_t m = 0; m < splits.most(); ++m) offsets[m] = m * matrix.stride_m;
-    std::vector<A*> rows;
+    std::vector<T*> rows;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t split = task % splits.count, g = task / splits.count / panels;
       const int64_t x = task / splits.count % panels * kWidth, count = std::min(kWidth, pixels - x);
@@ -165,12 +129,12 @@ void multiply_pixels(int64_t pixels, int64_t G, int64_t M, int64_t D, const Pixe
       rows.resize(channels);
       const bool in_place = rows_of_sums(target, channel, x, count, sums.data(), rows);
       for (int64_t m = 0; m < channels; ++m) {
-        std::fill_n(rows[m], kWidth, bias != nullptr ? load(bias[(channel + m) * bias_stride]) : A(0));
+        std::fill_n(rows[m], kWidth, bias != nullptr ? bias[(channel + m) * bias_stride] : T(0));
       }
-      const A* from = matrix.data + g * matrix.stride_g + splits.begin(split) * matrix.stride_m;
-      const A* block = columns.data();
+      const T* from = matrix.data + g * matrix.stride_g + splits.begin(split) * matrix.stride_m;
+      const T* block = columns.data();
       for (size_t b = 0; b < depth.size(); ++b) {
-        multiply<A>(channels, from, offsets.data(), depth[b], block, kWidth, kWidth, nullptr, rows.data());
+        multiply<T>(channels, from, offsets.data(), depth[b], block, kWidth, kWidth, nullptr, rows.data());
         block += cuts.length(b) * kWidth;
       }
       if (!in_place) unpack_pixels(sums.data(), channel, channels, x, count, target);

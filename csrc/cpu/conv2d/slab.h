@@ -17,30 +17,28 @@ constexpr int64_t kSlabBytes = 256 << 10;  // of a task, half a second cache or 
 // ---- copies -----------------------------------------------------------------------------
 
 template <class T>
-void copy_run(const T* from, int64_t count, Accumulate<T>* to) {
-  constexpr int64_t L = kLanes<Accumulate<T>>;
+void copy_run(const T* from, int64_t count, T* to) {
+  constexpr int64_t L = kLanes<T>;
   for (int64_t i = 0; i < count; i += L) {
     const int64_t lanes = std::min(L, count - i);
-    store_as<Accumulate<T>>(to + i, lanes, load_as<Accumulate<T>>(from + i, lanes));
+    store_as<T>(to + i, lanes, load_as<T>(from + i, lanes));
   }
 }
 
 // to[i*to_stride + j] = from[i + j*stride] for i, j < a vector's lanes: with all sizes known, it stays in registers
-template <class From, class To>
-void transpose_block(const From* from, int64_t stride, To* to, int64_t to_stride) {
-  using A = Accumulate<From>;
-  constexpr int L = kLanes<A>;
-  Vector<A> block[L];
-  for (int j = 0; j < L; ++j) block[j] = load_as<A>(from + j * stride);
-  transpose<A>(block);
-  for (int i = 0; i < L; ++i) store_as<A>(to + i * to_stride, block[i]);
+template <class T>
+void transpose_block(const T* from, int64_t stride, T* to, int64_t to_stride) {
+  constexpr int L = kLanes<T>;
+  Vector<T> block[L];
+  for (int j = 0; j < L; ++j) block[j] = load_as<T>(from + j * stride);
+  transpose<T>(block);
+  for (int i = 0; i < L; ++i) store_as<T>(to + i * to_stride, block[i]);
 }
 
 // to[i*to_stride + j] = from[i + j*stride] for i < count, j < rows
 template <class T>
-void copy_transposed(const T* from, int64_t stride, int64_t count, int64_t rows, Accumulate<T>* to, int64_t to_stride) {
-  using A = Accumulate<T>;
-  constexpr int64_t L = kLanes<A>;
+void copy_transposed(const T* from, int64_t stride, int64_t count, int64_t rows, T* to, int64_t to_stride) {
+  constexpr int64_t L = kLanes<T>;
   for (int64_t j = 0; j < rows; j += L) {
     const int64_t row_count = std::min(L, rows - j);
     for (int64_t i = 0; i < count; i += L) {
@@ -49,17 +47,17 @@ void copy_transposed(const T* from, int64_t stride, int64_t count, int64_t rows,
         transpose_block(from + j * stride + i, stride, to + i * to_stride + j, to_stride);
         continue;
       }
-      Vector<A> block[L] = {};
-      for (int64_t row = 0; row < row_count; ++row) block[row] = load_as<A>(from + (j + row) * stride + i, lanes);
-      transpose<A>(block);
-      for (int64_t lane = 0; lane < lanes; ++lane) store_as<A>(to + (i + lane) * to_stride + j, row_count, block[lane]);
+      Vector<T> block[L] = {};
+      for (int64_t row = 0; row < row_count; ++row) block[row] = load_as<T>(from + (j + row) * stride + i, lanes);
+      transpose<T>(block);
+      for (int64_t lane = 0; lane < lanes; ++lane) store_as<T>(to + (i + lane) * to_stride + j, row_count, block[lane]);
     }
   }
 }
 
 // to[x*to_stride + c] = from[x*stride_x + c*stride_c] for x < pixels, c < channels
 template <class T>
-void copy_pixels(const T* from, int64_t stride_x, int64_t stride_c, int64_t pixels, int64_t channels, Accumulate<T>* to,
+void copy_pixels(const T* from, int64_t stride_x, int64_t stride_c, int64_t pixels, int64_t channels, T* to,
                  int64_t to_stride) {
   constexpr int64_t kFewChannels = 6;  // are copied faster one by one than by transposes of sixteen
   if (channels == to_stride && channels == stride_x && (stride_c == 1 || channels == 1)) {
@@ -70,14 +68,14 @@ void copy_pixels(const T* from, int64_t stride_x, int64_t stride_c, int64_t pixe
     copy_transposed(from, stride_c, pixels, channels, to, to_stride);
   } else {
     for (int64_t c = 0; c < channels; ++c) {
-      for (int64_t x = 0; x < pixels; ++x) to[x * to_stride + c] = load(from[x * stride_x + c * stride_c]);
+      for (int64_t x = 0; x < pixels; ++x) to[x * to_stride + c] = from[x * stride_x + c * stride_c];
     }
   }
 }
 
 // ---- gathering pixels -------------------------------------------------------------------
 
-// A position of the weight kernel, and where it reads: pixel (i, j) of the grid reads source pixel
+// T position of the weight kernel, and where it reads: pixel (i, j) of the grid reads source pixel
 // (i*step_h + h, j*step_w + w).
 struct Tap {
   int64_t r, s;
@@ -133,25 +131,23 @@ struct SlabAxis {
   bool inside(int64_t pixels, int64_t size) const { return first >= 0 && (pixels - 1) * step + last < size; }
 };
 
-// The source as blocks of the grid read it: gathered into memory of its own, or, where nothing has to be padded,
-// converted or moved, the source itself.
+// The source as blocks of the grid read it: gathered into memory of its own, or, where nothing has to be padded or
+// moved, the source itself.
 template <class T>
 class Slab {
  public:
-  using A = Accumulate<T>;
-
   explicit Slab(const Gather<T>& gather)
       : gather_(gather),
         rows_(gather.taps, &Tap::h, gather.step_h),
         columns_(gather.taps, &Tap::w, gather.step_w),
-        columns(gather.J, most_columns()),
-        rows(gather.I, most_rows()),
-        images(gather.N, rows.count > 1 ? 1 : most_images()),
-        in_place_(std::is_same_v<T, A> && gather.D > 0 && gather.source.stride_c == 1 &&
-                  rows_.inside(gather.I, gather.H) && columns_.inside(gather.J, gather.W)),
+        column_cuts_(gather.J, most_columns()),
+        row_cuts_(gather.I, most_rows()),
+        image_cuts_(gather.N, row_cuts_.count > 1 ? 1 : most_images()),
+        in_place_(gather.D > 0 && gather.source.stride_c == 1 && rows_.inside(gather.I, gather.H) &&
+                  columns_.inside(gather.J, gather.W)),
         planes_(gather.taps.size() == 1 && gather.source.stride_c != 1 && gather.source.stride_w == 1) {
     const Strided4d<const T>& source = gather.source;
-    const int64_t width = columns_.slots(columns.most()), height = rows_.slots(rows.most());
+    const int64_t width = columns_.slots(column_cuts_.most()), height = rows_.slots(row_cuts_.most());
     if (in_place_) {
       stride_c_ = 1, stride_w_ = columns_.slot_step * source.stride_w;
       stride_h_ = rows_.slot_step * source.stride_h, stride_n_ = source.stride_n;
@@ -163,22 +159,21 @@ class Slab {
   }
 
   // of the memory that `gather` needs
-  int64_t size() const { return in_place_ ? 0 : images.most() * stride_n_; }
-  int64_t blocks() const { return images.count * rows.count * columns.count; }
-  int64_t most_pixels() const { return images.most() * rows.most() * columns.most(); }
+  int64_t size() const { return in_place_ ? 0 : image_cuts_.most() * stride_n_; }
+  int64_t blocks() const { return image_cuts_.count * row_cuts_.count * column_cuts_.count; }
+  int64_t most_pixels() const { return image_cuts_.most() * row_cuts_.most() * column_cuts_.most(); }
 
   Block block(int64_t index) const {
-    const int64_t j = index % columns.count, i = index / columns.count % rows.count;
-    const int64_t n = index / columns.count / rows.count;
-    return {images.begin(n), rows.begin(i), columns.begin(j), images.length(n), rows.length(i), columns.length(j)};
+    const int64_t j = index % column_cuts_.count, i = index / column_cuts_.count % row_cuts_.count;
+    const int64_t n = index / column_cuts_.count / row_cuts_.count;
+    return {image_cuts_.begin(n),  row_cuts_.begin(i),  column_cuts_.begin(j),
+            image_cuts_.length(n), row_cuts_.length(i), column_cuts_.length(j)};
   }
 
   // The block's slab of channels [channel, channel + D): slab[x + l] is what pixel x reads through term l.
-  const A* gather(int64_t channel, const Block& block, A* memory) const {
-    if constexpr (std::is_same_v<T, A>) {
-      if (in_place_) {
-        return &gather_.source.at(block.n, channel, rows_.source(block.i, 0), columns_.source(block.j, 0));
-      }
+  const T* gather(int64_t channel, const Block& block, T* memory) const {
+    if (in_place_) {
+      return &gather_.source.at(block.n, channel, rows_.source(block.i, 0), columns_.source(block.j, 0));
     }
     fill(channel, block, memory);
     return memory;
@@ -204,12 +199,12 @@ class Slab {
   // `count` elements in whole cache lines, an odd number of them: one line of many such planes fills the first cache
   // evenly, where a power of two would meet in one of its sets.
   static int64_t odd_lines(int64_t count) {
-    constexpr int64_t kLine = 64 / sizeof(A);
+    constexpr int64_t kLine = 64 / sizeof(T);
     return (ceil_div(count, kLine) | 1) * kLine;
   }
 
   // slab (images, height, width, D), or (images, D, height, width) as planes, zero outside the source
-  void fill(int64_t channel, const Block& block, A* slab) const {
+  void fill(int64_t channel, const Block& block, T* slab) const {
     if (gather_.D == 0) return;
     const int64_t slots = columns_.slots(block.columns), step = columns_.slot_step;
     const int64_t w = columns_.source(block.j, 0);
@@ -219,30 +214,30 @@ class Slab {
     for (int64_t n = 0; n < block.images; ++n) {
       for (int64_t plane = 0; plane < planes; ++plane) {
         for (int64_t row = 0; row < rows_.slots(block.rows); ++row) {
-          A* to = slab + n * stride_n_ + plane * stride_c_ + row * stride_h_;
+          T* to = slab + n * stride_n_ + plane * stride_c_ + row * stride_h_;
           const int64_t h = rows_.source(block.i, row);
           const int64_t first = h < 0 || h >= gather_.H ? slots : begin, last = std::max(first, end);
-          std::fill(to, to + first * stride_w_, A(0));
+          std::fill(to, to + first * stride_w_, T(0));
           if (first < last) {
             copy_pixels(&gather_.source.at(block.n + n, channel + plane, h, w + first * step),
                         step * gather_.source.stride_w, gather_.source.stride_c, last - first, channels,
                         to + first * stride_w_, stride_w_);
           }
-          std::fill(to + last * stride_w_, to + slots * stride_w_, A(0));
+          std::fill(to + last * stride_w_, to + slots * stride_w_, T(0));
         }
       }
     }
   }
 
-  int64_t elements() const { return kSlabBytes / int64_t(sizeof(A)); }
+  int64_t elements() const { return kSlabBytes / int64_t(sizeof(T)); }
   int64_t most_columns() const {
     const int64_t fit = elements() / std::max<int64_t>(1, rows_.slots(1) * gather_.D);
     return std::min(kBlockPixels, (fit - (columns_.last - columns_.first)) / gather_.step_w);
   }
   int64_t most_rows() const {
-    const int64_t row = columns_.slots(columns.most()) * gather_.D;
+    const int64_t row = columns_.slots(column_cuts_.most()) * gather_.D;
     const int64_t fit = elements() / std::max<int64_t>(1, row);
-    return std::min(kBlockPixels / columns.most(), (fit - (rows_.last - rows_.first)) / gather_.step_h);
+    return std::min(kBlockPixels / column_cuts_.most(), (fit - (rows_.last - rows_.first)) / gather_.step_h);
   }
   int64_t most_images() const {
     const int64_t image = rows_.slots(gather_.I) * columns_.slots(gather_.J) * gather_.D;
@@ -251,11 +246,7 @@ class Slab {
 
   const Gather<T>& gather_;
   SlabAxis rows_, columns_;
-
- public:
-  Pieces columns, rows, images;  // in this order: each is cut so that what the others leave room for fits
-
- private:
+  Pieces column_cuts_, row_cuts_, image_cuts_;  // in this order: each so that what the others leave room for fits
   bool in_place_, planes_;
   int64_t stride_n_, stride_c_, stride_h_, stride_w_;  // of channels and slots
 };

@@ -70,20 +70,20 @@ inline std::vector<Axis> gradient_axes_w(const Conv2dShape& shape) {
 
 // ---- rows in cache -------------------------------------------------------------------------------
 
-// How a slab holds rows of one plane: row y is the source's row origin_h + y, its column x the source's origin_w + x.
+// How rows of one plane lie in cache: row y is the source's row origin_h + y, its column x the source's origin_w + x.
 // Zero outside the source, and for a vector's width behind.
-struct Slab {
+struct PaddedRows {
   int64_t origin_w, columns, pitch;
 
   template <class A>
-  static Slab of(int64_t origin_w, int64_t columns) {
+  static PaddedRows of(int64_t origin_w, int64_t columns) {
     return {origin_w, columns, columns + kLanes<A>};
   }
 };
 
 // Fills the row at `to` from a source row (W), unit stride. Its columns outside the source stay: zeros, from before.
 template <class T>
-void pack_row(const Slab& slab, const T* row, int64_t W, Accumulate<T>* to) {
+void pack_row(const PaddedRows& slab, const T* row, int64_t W, Accumulate<T>* to) {
   using A = Accumulate<T>;
   constexpr int64_t L = kLanes<A>;
   const int64_t begin = std::max<int64_t>(0, slab.origin_w), end = std::min(W, slab.origin_w + slab.columns);
@@ -96,8 +96,8 @@ void pack_row(const Slab& slab, const T* row, int64_t W, Accumulate<T>* to) {
 
 // Fills `rows` rows at `to` from the plane's rows origin_h, origin_h + 1, ...
 template <class T>
-void pack_rows(const Slab& slab, const T* plane, int64_t stride_h, int64_t H, int64_t W, int64_t origin_h, int64_t rows,
-               Accumulate<T>* to) {
+void pack_rows(const PaddedRows& slab, const T* plane, int64_t stride_h, int64_t H, int64_t W, int64_t origin_h,
+               int64_t rows, Accumulate<T>* to) {
   for (int64_t h = origin_h; h < origin_h + rows; ++h, to += slab.pitch) {
     if (h >= 0 && h < H) {
       pack_row(slab, plane + h * stride_h, W, to);

@@ -43,18 +43,14 @@ namespace {
 // ---- tuning constants ----------------------------------------------------------------------------
 
 constexpr int kPositions = 16;
-constexpr int64_t kBlockChannels = 64;      // summed before a sum goes to memory; also bounds the rounding errors
-constexpr int64_t kBlockTiles = 48;         // of a task: 16 positions of 64 channels are 196 KB, as many are the sums
-constexpr int64_t kSummedTiles = 72;        // the same for grad_weight, whose sums of 64 x 64 channels are 262 KB
-constexpr int64_t kFewTiles = 256;          // up to which it pays that tasks pack their own weights
-constexpr int64_t kEnoughTasks = 8;         // for a handful of threads to share the work evenly
-constexpr int64_t kTaskProducts = 1 << 17;  // multiply-adds (some 2 us) below which a second thread does not pay
+constexpr int64_t kBlockChannels = 64;  // summed before a sum goes to memory; also bounds the rounding errors
+constexpr int64_t kBlockTiles = 48;     // of a task: 16 positions of 64 channels are 196 KB, as many are the sums
+constexpr int64_t kSummedTiles = 72;    // the same for grad_weight, whose sums of 64 x 64 channels are 262 KB
+constexpr int64_t kFewTiles = 256;      // up to which it pays that tasks pack their own weights
 constexpr int64_t kSkew = 16;  // floats between the positions: else all 16 would compete for one set of the first cache
 
 using Floats = Vector<float>;
 constexpr int64_t kFloats = kLanes<float>;
-
-int64_t grain_of(int64_t products_per_task) { return std::max<int64_t>(1, kTaskProducts / (products_per_task + 1)); }
 
 // ---- the transforms, in one dimension, then in two -----------------------------------------------
 
@@ -141,14 +137,14 @@ void for_each_part(const Tiling& tiling, int64_t begin, int64_t end, const Run& 
   }
 }
 
-// The SIZE x SIZE pixels of each tile of a block. Channels that lie side by side are read where they are; others, and
-// 16-bit numbers, are first copied. Outside the image all is zero.
+// The SIZE x SIZE pixels of each tile of a block. Channels that lie side by side are read where they are; others are
+// first copied. Outside the image all is zero.
 template <int SIZE, class T>
 class Tiles {
  public:
   Tiles(const Strided4d<const T>& source, int64_t H, int64_t W, const Tiling& tiling)
       : source_(source), H_(H), W_(W), tiling_(tiling) {
-    in_place_ = std::is_same_v<T, float> && source.stride_c == 1;
+    in_place_ = source.stride_c == 1;
   }
 
   // Channels [first, first + count) of tiles [begin, end).
@@ -169,10 +165,8 @@ class Tiles {
     auto area = areas.begin();
     for_each_part(tiling_, begin, end, [&](const Part& part) {
       if (in_place_) {
-        if constexpr (std::is_same_v<T, float>) {
-          const float* origin = area->rows * area->columns > 0 ? &source_.at(part.n, first, area->h, area->w) : nullptr;
-          add_pixels(part, *area, origin, source_.stride_h, source_.stride_w);
-        }
+        const float* origin = area->rows * area->columns > 0 ? &source_.at(part.n, first, area->h, area->w) : nullptr;
+        add_pixels(part, *area, origin, source_.stride_h, source_.stride_w);
       } else {
         copy_area(part.n, first, count, pitch, *area, copy);
         add_pixels(part, *area, copy, area->columns * pitch, pitch);
@@ -480,7 +474,7 @@ bool convolve(const Strided4d<const T>& source, int64_t H, int64_t W, int64_t D,
           }
           for (int64_t j = 0; j < panel.width; ++j) {
             const bool has_bias = bias != nullptr && j < panel.count;
-            bias_row.data()[j] = has_bias ? load(bias[(g * M + panel.first + j) * bias_stride]) : 0.0f;
+            bias_row.data()[j] = has_bias ? bias[(g * M + panel.first + j) * bias_stride] : 0.0f;
           }
           targets.point_at(first, first + count);
           const Panel place = {g * M + panel.first, panel.count, panel.width};
