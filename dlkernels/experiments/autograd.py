@@ -644,7 +644,7 @@ def draw_pairs(counts: np.ndarray, exact: np.ndarray, weights: list[int]) -> Any
 def tell_cost(options: Options, report: Report) -> None:
     """What a draw costs, and what its table costs, against the number of categories."""
     sizes = [4**power for power in range(1, options.pick(11, 10, 5) + 1)]
-    draws, seconds = options.pick(10**5, 10**5, 10**4), options.pick(200, 30, 5) / 1000
+    draws, seconds = options.pick(10**5, 10**5, 10**4), options.pick(200, 30, 1) / 1000
     cost: dict[str, dict[str, list[float]]] = {name: {"draw": [], "setup": []} for name in SAMPLERS}
     for size in (sizes[i] for i in _bar(len(sizes), "categories")):
         weights = torch.rand(size, dtype=torch.float64, generator=torch.Generator().manual_seed(options.seed))
