@@ -1,0 +1,292 @@
+"""conv2d's strategies on the CPU, each forced by conv2d_by: right at its borders, whatever the chooser says.
+
+test_conv2d.py calls conv2d as users do; here the chooser is overruled.
+"""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_conv2d import FORMATS, GRADIENTS, VIEWS_OF_IMAGES, doubled, each_case, random_grad, results, same_bits
+
+from dlkernels.testing import DTYPES, Conv2dCase, compare
+
+# ---- strategies -----------------------------------------------------------------------------------
+
+STRATEGIES = ("direct", "pointwise", "depthwise", "winograd")  # in the order that conv2d_by counts them in
+
+
+def depthwise_cases():
+    """At the borders of the strategy: maps around a vector's width (4, 8 or 16), every way to step and to pad."""
+    maps = [(1, 1), (3, 2), (5, 7), (7, 8), (9, 15), (8, 16), (6, 17), (14, 14), (33, 31), (2, 70), (90, 40)]
+    for height, width in maps:
+        yield f"{height}x{width}", (2, 19, height, width), (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)
+        yield f"{height}x{width}_stride_2", (2, 19, height, width), (3, 3), (2, 2), (1, 1, 1, 1), (1, 1)
+    for channels in (1, 2, 7, 8, 15, 16, 17, 32, 50):
+        yield f"{channels}_channels", (3, channels, 9, 18), (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)
+    yield "no_padding", (2, 5, 20, 37), (3, 3), (1, 1), (0, 0, 0, 0), (1, 1)
+    yield "more_padding_than_kernel", (2, 5, 6, 18), (3, 3), (1, 1), (4, 5, 7, 3), (1, 1)
+    yield "more_padding_than_kernel_stride_2", (2, 5, 6, 18), (3, 3), (2, 2), (4, 5, 7, 3), (1, 1)
+    yield "only_after", (1, 4, 8, 21), (3, 3), (1, 1), (0, 2, 0, 2), (1, 1)
+    yield "only_before", (1, 4, 8, 21), (3, 3), (2, 2), (2, 0, 2, 0), (1, 1)
+    yield "stride_2_1", (2, 6, 12, 40), (3, 3), (2, 1), (1, 1, 1, 1), (1, 1)
+    yield "stride_1_2", (2, 6, 12, 40), (3, 3), (1, 2), (1, 1, 1, 1), (1, 1)
+    yield "stride_3", (2, 6, 17, 40), (3, 3), (3, 3), (1, 1, 1, 1), (1, 1)
+    yield "stride_5_skips", (2, 6, 17, 41), (3, 2), (5, 5), (1, 0, 0, 1), (1, 1)
+    yield "dilation_2", (2, 6, 17, 40), (3, 3), (1, 1), (2, 2, 2, 2), (2, 2)
+    yield "dilation_3_stride_2", (2, 6, 17, 40), (3, 3), (2, 2), (3, 3, 3, 3), (3, 3)
+    yield "dilation_2_stride_2", (2, 6, 17, 40), (3, 3), (2, 2), (2, 2, 2, 2), (2, 2)
+    yield "dilation_4_stride_6", (2, 6, 23, 40), (3, 3), (6, 6), (4, 4, 4, 4), (4, 4)
+    yield "1x1", (2, 6, 9, 20), (1, 1), (1, 1), (0, 0, 0, 0), (1, 1)
+    yield "1x1_stride_2", (2, 6, 9, 21), (1, 1), (2, 2), (0, 0, 0, 0), (1, 1)
+    yield "2x2_stride_2", (2, 6, 8, 36), (2, 2), (2, 2), (0, 0, 0, 0), (1, 1)
+    yield "5x5", (2, 18, 15, 23), (5, 5), (1, 1), (2, 2, 2, 2), (1, 1)
+    yield "7x7_stride_2", (2, 18, 15, 35), (7, 7), (2, 2), (3, 3, 3, 3), (1, 1)
+    yield "1x9", (2, 5, 4, 33), (1, 9), (1, 1), (0, 0, 4, 4), (1, 1)
+    yield "9x1", (2, 5, 33, 4), (9, 1), (1, 1), (4, 4, 0, 0), (1, 1)
+    yield "kernel_is_the_input", (2, 20, 6, 17), (6, 17), (1, 1), (0, 0, 0, 0), (1, 1)
+    yield "no_images", (0, 20, 6, 17), (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)
+
+
+@dataclass(frozen=True)
+class StrategyCase:
+    """A convolution as the operators take it, for one strategy."""
+
+    strategy: str
+    name: str
+    input: tuple  # N, C, H, W
+    weight: tuple  # K, C/G, R, S
+    stride: tuple
+    padding: tuple  # top, bottom, left, right
+    dilation: tuple
+    groups: int
+
+    def make_tensors(self, dtype, memory_format=torch.contiguous_format, integers=False):
+        """Random input, weight, bias and gradient of the output."""
+
+        def draw(*shape):
+            values = torch.randint(-2, 3, shape) if integers else torch.randn(shape)
+            return values.to(dtype).contiguous(
+                memory_format=memory_format if len(shape) == 4 else torch.contiguous_format
+            )
+
+        input, weight, bias = draw(*self.input), draw(*self.weight), draw(self.weight[0])
+        return input, weight, bias, draw(*self.exact(input, weight, bias).shape)
+
+    def exact(self, input, weight, bias):
+        top, bottom, left, right = self.padding
+        padded = F.pad(input.double(), (left, right, top, bottom))
+        return F.conv2d(padded, weight.double(), bias.double(), self.stride, 0, self.dilation, self.groups)
+
+    def exact_results(self, input, weight, bias, grad):
+        leaves = [t.double().requires_grad_() for t in (input, weight, bias)]
+        output = self.exact(*leaves)
+        return output.detach(), *torch.autograd.grad(output, leaves, grad.double())
+
+    def results(self, input, weight, bias, grad, strategy=None):
+        """output, grad_input, grad_weight, grad_bias by this strategy."""
+        number = STRATEGIES.index(strategy or self.strategy)
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        output = torch.ops.dlkernels.conv2d_by(number, input, weight, bias, *geometry)
+        return output, *torch.ops.dlkernels.conv2d_backward_by(number, grad, input, weight, *geometry, [True] * 3)
+
+
+def pointwise_cases():
+    """Around a panel of pixels (16, 32 or 64), the terms summed at a time (288) and whole tiles of channels."""
+    for pixels in (1, 15, 16, 17, 49, 63, 64, 65, 130):
+        yield f"{pixels}_pixels", (2, 5, 1, pixels), 7, 1, 1
+    for channels in (287, 288, 289, 600):
+        yield f"{channels}_channels", (1, channels, 5, 13), 9, 1, 1
+    yield "many_channels_out", (1, 20, 7, 7), 70, 1, 1
+    yield "stride_2", (3, 6, 9, 12), 8, 2, 1
+    yield "stride_3_leaves_pixels", (2, 6, 9, 11), 8, 3, 1
+    yield "groups", (2, 12, 6, 11), 20, 1, 4
+    yield "no_images", (0, 12, 6, 11), 20, 1, 1
+
+
+STRATEGY_CASES = [
+    StrategyCase("depthwise", name, input, (input[1], 1, *kernel), stride, padding, dilation, input[1])
+    for name, input, kernel, stride, padding, dilation in depthwise_cases()
+] + [
+    StrategyCase("pointwise", name, input, (K, input[1] // groups, 1, 1), (step, step), (0, 0, 0, 0), (1, 1), groups)
+    for name, input, K, step, groups in pointwise_cases()
+]
+each_strategy_case = pytest.mark.parametrize("case", STRATEGY_CASES, ids=lambda case: f"{case.strategy}-{case.name}")
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@each_strategy_case
+def test_strategy_is_exact_for_small_integers(case, dtype, memory_format):
+    tensors = case.make_tensors(dtype, FORMATS[memory_format], integers=True)
+    for name, ours, exact in zip(
+        ("output", *GRADIENTS), case.results(*tensors), case.exact_results(*tensors), strict=True
+    ):
+        assert torch.equal(ours, exact.to(dtype)), name
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@each_strategy_case
+def test_strategy_is_accurate(case, memory_format):
+    tensors = case.make_tensors(torch.float32, FORMATS[memory_format])
+    exact = case.exact_results(*tensors)
+    by_direct = case.results(*tensors, strategy="direct")
+    for name, ours, theirs, expected in zip(
+        ("output", *GRADIENTS), case.results(*tensors), by_direct, exact, strict=True
+    ):
+        compare(ours, theirs, expected, torch.float32, gradient=name != "output", name=name)
+
+
+@pytest.mark.parametrize("argument", ["input", "weight", "bias", "grad", "all"])
+@pytest.mark.parametrize("view", VIEWS_OF_IMAGES)
+@pytest.mark.parametrize("name", ["9x15", "8x16_stride_2", "dilation_2_stride_2"])
+def test_strategy_takes_any_strides(name, view, argument):
+    for case in (case for case in STRATEGY_CASES if case.name == name):
+        tensors = dict(
+            zip(("input", "weight", "bias", "grad"), case.make_tensors(torch.float32, integers=True), strict=True)
+        )
+        for key in tensors if argument == "all" else [argument]:
+            tensors[key] = VIEWS_OF_IMAGES[view](tensors[key])
+        exact = case.exact_results(*(t.contiguous() for t in tensors.values()))
+        for ours, expected in zip(case.results(*tensors.values()), exact, strict=True):
+            assert torch.equal(ours.double(), expected)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@each_strategy_case
+def test_strategy_has_the_same_bits_for_any_number_of_threads(case, memory_format):
+    larger = replace(case, input=(4 * case.input[0], *case.input[1:]))
+    tensors = larger.make_tensors(torch.float32, FORMATS[memory_format])
+    runs = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        runs.append(larger.results(*tensors))
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("case", [case for case in STRATEGY_CASES if sum(case.padding) == 0 and case.input[0]], ids=str)
+def test_strategy_spreads_what_is_not_finite_no_further_than_the_formula(case, memory_format, value):
+    for spoiled in (0, 3):
+        tensors = case.make_tensors(torch.float32, FORMATS[memory_format])
+        tensors[spoiled][-1, -1, -1, -1] = value
+        for ours, exact in zip(case.results(*tensors), case.exact_results(*tensors), strict=True):
+            assert torch.equal(ours.isfinite(), exact.isfinite())
+
+
+@pytest.mark.parametrize(("groups", "channels_out"), [(1, 4), (2, 4), (4, 8)])
+def test_depthwise_refuses_other_groups(groups, channels_out):
+    input, weight = torch.randn(1, 4, 6, 6), torch.randn(channels_out, 4 // groups, 3, 3)
+    number = STRATEGIES.index("depthwise")
+    with pytest.raises(RuntimeError, match="strategy cannot do this shape"):
+        torch.ops.dlkernels.conv2d_by(number, input, weight, None, (1, 1), (1,) * 4, (1, 1), groups)
+
+
+def test_there_are_as_many_strategies_as_names():
+    with pytest.raises(RuntimeError, match=f"strategy must be below {len(STRATEGIES)}, got {len(STRATEGIES)}"):
+        torch.ops.dlkernels.conv2d_by(
+            len(STRATEGIES), torch.randn(1, 1, 3, 3), torch.randn(1, 1, 1, 1), None, (1, 1), (0,) * 4, (1, 1), 1
+        )
+
+
+# ---- winograd ---------------------------------------------------------------------------------------
+
+DIRECT, WINOGRAD = STRATEGIES.index("direct"), STRATEGIES.index("winograd")
+
+# Whole and overhanging tiles, blocks of tiles that end within a row or an image, channels around the blocks of 64, few
+# tiles and many, every padding; all of a kernel of 3 x 3 that steps by 1.
+WINOGRAD_CASES = (
+    Conv2dCase("one_tile", (1, 3, 2, 2), (5, 3, 3, 3), padding=1),
+    Conv2dCase("one_pixel", (3, 16, 1, 1), (16, 16, 3, 3), padding=1),
+    Conv2dCase("odd_map", (2, 17, 13, 7), (23, 17, 3, 3), padding=1),
+    Conv2dCase("no_padding", (2, 32, 9, 12), (48, 32, 3, 3)),
+    Conv2dCase("more_padding_than_kernel", (1, 8, 5, 6), (16, 8, 3, 3), padding=4),
+    Conv2dCase("other_padding_each_way", (2, 16, 8, 9), (16, 16, 3, 3), padding=(0, 2)),
+    Conv2dCase("two_blocks_of_channels", (2, 70, 10, 10), (130, 70, 3, 3), padding=1),
+    Conv2dCase("small_maps", (33, 24, 4, 4), (40, 24, 3, 3), padding=1),
+    Conv2dCase("wide_map", (1, 20, 5, 131), (16, 20, 3, 3), padding=1),
+    Conv2dCase("many_tiles", (4, 32, 29, 30), (80, 32, 3, 3), padding=1),
+    Conv2dCase("groups", (2, 48, 11, 11), (60, 16, 3, 3), padding=1, groups=3),
+    Conv2dCase("no_images", (0, 16, 6, 6), (16, 16, 3, 3), padding=1),
+)
+
+
+def results_by(strategy, case, input, weight, bias, grad):
+    """output, grad_input, grad_weight, grad_bias by this strategy."""
+    height, width = case.padding if isinstance(case.padding, tuple) else (case.padding, case.padding)
+    geometry = ((1, 1), (height, height, width, width), (1, 1), case.groups)
+    output = torch.ops.dlkernels.conv2d_by(strategy, input, weight, bias, *geometry)
+    gradients = torch.ops.dlkernels.conv2d_backward_by(strategy, grad, input, weight, *geometry, [True] * 3)
+    return dict(zip(("output", *GRADIENTS), (output, *gradients), strict=True))
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
+)
+@each_case(WINOGRAD_CASES)
+def test_winograd_is_as_accurate_as_torch(case, dtype, memory_format):
+    inputs = case.make_inputs(dtype, memory_format=FORMATS[memory_format])
+    grad = random_grad(case, inputs)
+    exact = results(F.conv2d, case, doubled(inputs), grad.double())
+    theirs = results(F.conv2d, case, inputs, grad)
+    ours = results_by(WINOGRAD, case, *inputs, grad)
+    for name in exact:
+        compare(ours[name], theirs[name], exact[name], dtype, gradient=name != "output", name=name)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@each_case(WINOGRAD_CASES)
+def test_winograd_is_exact_for_small_integers(case, dtype, memory_format):
+    inputs = case.make_inputs(dtype, memory_format=FORMATS[memory_format], integers=True)
+    grad = random_grad(case, inputs, integers=True)
+    exact = results(F.conv2d, case, doubled(inputs), grad.double())
+    for name, ours in results_by(WINOGRAD, case, *inputs, grad).items():
+        assert torch.equal(ours, exact[name].to(dtype)), name
+
+
+@pytest.mark.parametrize("view", VIEWS_OF_IMAGES)
+@each_case(WINOGRAD_CASES[2:5])
+def test_winograd_takes_any_strides(case, view):
+    inputs = case.make_inputs(torch.float32, integers=True)
+    viewed = [VIEWS_OF_IMAGES[view](tensor) for tensor in (*inputs, random_grad(case, inputs, integers=True))]
+    plain = [tensor.clone(memory_format=torch.contiguous_format) for tensor in viewed]
+    assert same_bits(results_by(WINOGRAD, case, *viewed), results_by(WINOGRAD, case, *plain))
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@each_case(WINOGRAD_CASES)
+def test_winograd_has_the_same_bits_for_any_number_of_threads(case, memory_format):
+    inputs = case.make_inputs(torch.float32, memory_format=FORMATS[memory_format])
+    grad = random_grad(case, inputs)
+    runs = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        runs.append(results_by(WINOGRAD, case, *inputs, grad))
+    assert all(same_bits(run, runs[0]) for run in runs)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 3e38], ids=str)
+@pytest.mark.parametrize("place", ["input", "weight", "grad"])
+def test_winograd_leaves_what_is_not_finite_or_overflows_to_direct(place, value, memory_format):
+    """Three numbers near the largest float32 overflow in a transform, and alone do not in the definition."""
+    case = Conv2dCase("3x3", (2, 32, 13, 12), (40, 32, 3, 3), padding=1)
+    inputs = case.make_inputs(torch.float32, memory_format=FORMATS[memory_format])
+    tensors = {"input": inputs[0], "weight": inputs[1], "grad": random_grad(case, inputs)}
+    tensors[place][-1, -1] = value
+    arguments = (tensors["input"], tensors["weight"], inputs[2], tensors["grad"])
+    winograd, direct = (results_by(strategy, case, *arguments) for strategy in (WINOGRAD, DIRECT))
+    for name in GRADIENTS[:2] if place == "grad" else ("output",):
+        torch.testing.assert_close(winograd[name], direct[name], rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+@pytest.mark.parametrize("option", [{"stride": 2}, {"dilation": 2}, {"kernel": 5}], ids=str)
+def test_winograd_refuses_other_kernels(option):
+    input, weight = torch.randn(1, 4, 9, 9), torch.randn(4, 4, *[option.get("kernel", 3)] * 2)
+    stride, dilation = [option.get("stride", 1)] * 2, [option.get("dilation", 1)] * 2
+    with pytest.raises(RuntimeError, match="strategy cannot do this shape"):
+        torch.ops.dlkernels.conv2d_by(WINOGRAD, input, weight, None, stride, [1] * 4, dilation, 1)
