@@ -42,24 +42,35 @@ struct Features {
   template <class T, class P>
   Features(const DropNormShape& shape, const DropNormInput<T, P>& in) : M(shape.M), kept(M) {
     if (in.keep != nullptr) {
-      kept = std::count(in.keep, in.keep + M, true);
+      mask = own_mask_.emplace(M + kLanes<A>).data();
+      kept = make_mask(in.keep, M, own_mask_->data());
       if (shape.rescale && kept > 0) s = A(double(M) / double(kept));
-      int8_t* bits = own_mask_.emplace(M + kLanes<A>).data();
-      for (int64_t i = 0; i < M; ++i) bits[i] = -int8_t(in.keep[i]);
-      std::fill_n(bits + M, kLanes<A>, int8_t(0));
-      mask = bits;
     }
     scale = times_s(in.weight, A(1), own_scale_);
     shift = times_s(in.bias, A(0), own_shift_);
     prefix = kept_in_prefix = 0;
     while (prefix < M && kept_in_prefix < std::max(kSumBlock, kept / 16)) {
       const int64_t end = std::min(M, prefix + kSumBlock);
-      kept_in_prefix += mask == nullptr ? end - prefix : std::count(mask + prefix, mask + end, -1);
+      kept_in_prefix += mask == nullptr ? end - prefix : count_set(mask + prefix, end - prefix);
       prefix = end;
     }
   }
 
  private:
+  // Of bytes that are 0 or -1, of which there are at most 2^31.
+  static int64_t count_set(const int8_t* bytes, int64_t count) {
+    int32_t sum = 0;
+    for (int64_t i = 0; i < count; ++i) sum -= bytes[i];
+    return sum;
+  }
+
+  // Fills the mask; how many features are kept.
+  static int64_t make_mask(const bool* keep, int64_t M, int8_t* mask) {
+    for (int64_t i = 0; i < M; ++i) mask[i] = -int8_t(keep[i]);
+    std::fill_n(mask + M, kLanes<A>, int8_t(0));
+    return count_set(mask, M);
+  }
+
   // The parameter itself where there is nothing to do.
   template <class P>
   const A* times_s(const P* parameter, A otherwise, std::optional<Scratch<A>>& own) {
@@ -67,10 +78,16 @@ struct Features {
       if (parameter != nullptr && mask == nullptr) return parameter;
     }
     A* result = own.emplace(M).data();
-    for (int64_t i = 0; i < M; ++i) result[i] = s * (parameter == nullptr ? otherwise : A(load(parameter[i])));
-    if (mask != nullptr) {
-      for (int64_t i = 0; i < M; ++i) result[i] = mask[i] ? result[i] : A(0);
-    }
+    parallel_for(M, kTaskElements, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i += kLanes<A>) {
+        const int64_t count = std::min<int64_t>(kLanes<A>, end - i);
+        Vector<A> value = Vector<A>{} + otherwise;
+        if (parameter != nullptr) value = load_as<A>(parameter + i, count);
+        value = value * s;
+        if (mask != nullptr) value = where<A>(load_mask<A>(mask + i), value);
+        store_as<A>(result + i, count, value);
+      }
+    });
     return result;
   }
 
@@ -329,10 +346,11 @@ template <class P, class A>
 void sum_stretches(const A* partial, int64_t stretches, int64_t M, A s, P* sums) {
   if (sums == nullptr) return;
   parallel_for(M, kTaskElements / stretches, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      A sum = 0;
-      for (int64_t stretch = 0; stretch < stretches; ++stretch) sum += partial[stretch * M + i];
-      sums[i] = store<P>(sum * s);
+    for (int64_t i = begin; i < end; i += kLanes<A>) {
+      const int64_t count = std::min<int64_t>(kLanes<A>, end - i);
+      Vector<A> sum = {};
+      for (int64_t stretch = 0; stretch < stretches; ++stretch) sum += load_as<A>(partial + stretch * M + i, count);
+      store_as<A>(sums + i, count, sum * s);
     }
   });
 }
