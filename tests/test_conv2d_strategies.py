@@ -14,7 +14,7 @@ from dlkernels.testing import DTYPES, Conv2dCase, compare
 
 # ---- strategies -----------------------------------------------------------------------------------
 
-STRATEGIES = ("direct", "pointwise", "depthwise", "winograd")  # in the order that conv2d_by counts them in
+STRATEGIES = ("direct", "pointwise", "depthwise", "winograd", "small_channels")  # in the order that conv2d_by counts them in
 
 
 def depthwise_cases():

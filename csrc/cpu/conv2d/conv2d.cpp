@@ -10,13 +10,14 @@
 #include "depthwise.h"
 #include "direct.h"
 #include "pointwise.h"
+#include "small_channels.h"
 #include "winograd.h"
 
 namespace dlkernels {
 namespace {
 
 // In the order that `conv2d_by` counts them in.
-enum class Strategy { kDirect, kPointwise, kDepthwise, kWinograd, kCount };
+enum class Strategy { kDirect, kPointwise, kDepthwise, kWinograd, kSmallChannels, kCount };
 
 // The strategy that conv2d_by asks for, on this thread while it runs.
 thread_local Strategy forced = Strategy::kCount;
@@ -33,6 +34,8 @@ void with_strategy(Strategy strategy, const Run& run) {
       return run(Depthwise{});
     case Strategy::kWinograd:
       return run(Winograd{});
+    case Strategy::kSmallChannels:
+      return run(SmallChannels{});
   }
 }
 
