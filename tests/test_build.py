@@ -116,7 +116,13 @@ def test_backend_asks_for_torch_only_where_there_is_none(monkeypatch, found, tor
 @pytest.mark.parametrize(
     ("operator", "kernels"),
     [
-        ("conv2d", ["conv2d/direct.cpp", "conv2d/pointwise.cpp", "conv2d/depthwise.cpp", "conv2d/winograd.cpp"]),
+        (
+            "conv2d",
+            [
+                f"conv2d/{strategy}.cpp"
+                for strategy in ("direct", "pointwise", "depthwise", "winograd", "small_channels")
+            ],
+        ),
         ("reset_gate_rnn", ["reset_gate_rnn/sequence.cpp"]),
     ],
 )

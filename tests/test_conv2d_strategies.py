@@ -14,7 +14,14 @@ from dlkernels.testing import DTYPES, Conv2dCase, compare
 
 # ---- strategies -----------------------------------------------------------------------------------
 
-STRATEGIES = ("direct", "pointwise", "depthwise", "winograd")  # in the order that conv2d_by counts them in
+# in the order that conv2d_by counts them in
+STRATEGIES = (
+    "direct",
+    "pointwise",
+    "depthwise",
+    "winograd",
+    "small_channels",
+)
 
 
 def depthwise_cases():
@@ -105,12 +112,39 @@ def pointwise_cases():
     yield "no_images", (0, 12, 6, 11), 20, 1, 1
 
 
+def small_channels_cases():
+    """Rows around a vector's width, tiles of 4 and 8 rows, tiles of 1 to 4 channels, kernels of known and other rows."""
+    for height, width in [(1, 1), (3, 16), (4, 17), (9, 15), (12, 33), (90, 40)]:
+        yield f"{height}x{width}", (2, 3, height, width), 5, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)
+    yield "8x16_stride_2", (2, 3, 8, 16), 6, (3, 3), (2, 2), (1, 1, 1, 1), (1, 1)
+    yield "dilation_2_stride_2", (2, 3, 17, 40), 7, (3, 3), (2, 2), (2, 2, 2, 2), (2, 2)
+    for channels in (1, 2, 4, 7, 16):
+        yield f"{channels}_channels", (3, channels, 13, 18), 9, (5, 5), (1, 1), (2, 2, 2, 2), (1, 1)
+    for channels_out in (1, 2, 4, 33):
+        yield f"{channels_out}_channels_out", (2, 1, 13, 18), channels_out, (3, 3), (1, 1), (0, 0, 0, 0), (1, 1)
+    for rows in (1, 2, 4, 5, 6):
+        yield f"{rows}_rows_of_kernel", (2, 2, 15, 20), 6, (rows, 2), (1, 1), (1, 0, 0, 1), (1, 1)
+    yield "long_sums", (1, 2, 10, 12), 100, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)
+    yield "more_padding_than_kernel", (2, 3, 6, 18), 5, (3, 3), (2, 2), (4, 5, 7, 3), (1, 1)
+    yield "stride_2_1", (2, 3, 12, 40), 5, (3, 3), (2, 1), (1, 1, 1, 1), (1, 1)
+    yield "stride_3_leaves_pixels", (2, 3, 17, 41), 5, (2, 2), (3, 3), (0, 0, 0, 0), (1, 1)
+    yield "stride_5_skips", (2, 3, 17, 41), 5, (3, 2), (5, 5), (1, 0, 0, 1), (1, 1)
+    yield "7x7_stride_2", (2, 3, 21, 35), 8, (7, 7), (2, 2), (3, 3, 3, 3), (1, 1)
+    yield "dilation_3", (2, 3, 17, 40), 5, (3, 3), (1, 1), (3, 3, 3, 3), (3, 3)
+    yield "kernel_is_the_input", (2, 3, 6, 17), 5, (6, 17), (1, 1), (0, 0, 0, 0), (1, 1)
+    yield "no_images", (0, 3, 6, 17), 5, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)
+
+
 STRATEGY_CASES = [
     StrategyCase("depthwise", name, input, (input[1], 1, *kernel), stride, padding, dilation, input[1])
     for name, input, kernel, stride, padding, dilation in depthwise_cases()
 ] + [
     StrategyCase("pointwise", name, input, (K, input[1] // groups, 1, 1), (step, step), (0, 0, 0, 0), (1, 1), groups)
     for name, input, K, step, groups in pointwise_cases()
+]
+STRATEGY_CASES += [
+    StrategyCase("small_channels", name, input, (K, input[1], *kernel), stride, padding, dilation, 1)
+    for name, input, K, kernel, stride, padding, dilation in small_channels_cases()
 ]
 each_strategy_case = pytest.mark.parametrize("case", STRATEGY_CASES, ids=lambda case: f"{case.strategy}-{case.name}")
 
@@ -180,6 +214,14 @@ def test_strategy_spreads_what_is_not_finite_no_further_than_the_formula(case, m
 def test_depthwise_refuses_other_groups(groups, channels_out):
     input, weight = torch.randn(1, 4, 6, 6), torch.randn(channels_out, 4 // groups, 3, 3)
     number = STRATEGIES.index("depthwise")
+    with pytest.raises(RuntimeError, match="strategy cannot do this shape"):
+        torch.ops.dlkernels.conv2d_by(number, input, weight, None, (1, 1), (1,) * 4, (1, 1), groups)
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(17, 1), (4, 2)])
+def test_small_channels_refuses_many_channels_and_groups(channels, groups):
+    input, weight = torch.randn(1, channels, 6, 6), torch.randn(4, channels // groups, 3, 3)
+    number = STRATEGIES.index("small_channels")
     with pytest.raises(RuntimeError, match="strategy cannot do this shape"):
         torch.ops.dlkernels.conv2d_by(number, input, weight, None, (1, 1), (1,) * 4, (1, 1), groups)
 

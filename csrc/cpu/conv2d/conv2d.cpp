@@ -10,13 +10,14 @@
 #include "depthwise.h"
 #include "direct.h"
 #include "pointwise.h"
+#include "small_channels.h"
 #include "winograd.h"
 
 namespace dlkernels {
 namespace {
 
 // In the order that `conv2d_by` counts them in.
-enum class Strategy { kDirect, kPointwise, kDepthwise, kWinograd, kCount };
+enum class Strategy { kDirect, kPointwise, kDepthwise, kWinograd, kSmallChannels, kCount };
 
 // The strategy that conv2d_by asks for, on this thread while it runs.
 thread_local Strategy forced = Strategy::kCount;
@@ -33,6 +34,8 @@ void with_strategy(Strategy strategy, const Run& run) {
       return run(Depthwise{});
     case Strategy::kWinograd:
       return run(Winograd{});
+    case Strategy::kSmallChannels:
+      return run(SmallChannels{});
   }
 }
 
@@ -52,10 +55,28 @@ bool winograd_pays(const Conv2dShape& shape, Pass pass) {
   return 16 * tiles * 6 / 5 + kKernelCost < 9 * pixels;
 }
 
+// Where output channels or input channels as vectors would be mostly padding. Measured, as the constants: in
+// channels_last, where the strategy has to transpose, the output of several input channels is faster by `direct`; so is
+// grad_weight, whose vectors are output channels.
+bool small_channels_pay(const Conv2dShape& shape, Pass pass, bool channels_last) {
+  constexpr int64_t kFew = 4;
+  if (!SmallChannels::can(shape)) return false;
+  switch (pass) {
+    case Pass::kForward:
+      return shape.C == 1 || (shape.C <= kFew && !channels_last);
+    case Pass::kGradInput:
+      return shape.C <= std::max<int64_t>(kFew, kLanes<float> * 2 / 3);
+    case Pass::kGradWeight:
+      return false;
+  }
+  return false;
+}
+
 // The one chooser: by shape and memory format, never by thread count or alignment, so that the bits stay the same.
 Strategy choose(const Conv2dShape& shape, Pass pass, bool channels_last) {
   if (Depthwise::can(shape)) return Strategy::kDepthwise;
   if (Pointwise::can(shape) && !channels_last) return Strategy::kPointwise;
+  if (small_channels_pay(shape, pass, channels_last)) return Strategy::kSmallChannels;
   if (winograd_pays(shape, pass)) return Strategy::kWinograd;
   return Strategy::kDirect;
 }

@@ -1,0 +1,345 @@
+// conv2d of few input channels: the pixels of a row fill the vectors, not the channels.
+//
+//   output    [n, k, p, q] = bias[k] + sum over c, r, s of weight[k, c, r, s] * input[n, c, h, w]
+//   grad_input[n, c, h, w] = bias[c] + the same over grad and k, for each phase of h and w by the stride (stencil.h)
+// with h = p*stride_h - pad_top + r*dilation_h and w alike. Both are one sum: M target channels, D source channels.
+//
+// Who owns what: a task owns a block of rows of one image, for all M. It packs the rows that it reads of all D channels
+// into padded planes that stay in the second cache, and sums tiles of rows and target channels along the columns: a
+// source vector serves up to R rows of up to kTileChannels channels each. Passes over memory: each image is read and
+// written once for each phase. Sums run in blocks of at most kBlockTerms, which are added in order.
+#include "small_channels.h"
+
+#include <algorithm>
+#include <array>
+#include <vector>
+
+#include "../parallel.h"
+#include "direct.h"
+#include "panels.h"
+#include "slab.h"
+#include "stencil.h"
+
+namespace dlkernels {
+namespace {
+
+// ---- tuning constants ----------------------------------------------------------------------------
+
+constexpr int kTileChannels = kVectorRegisters == 32 ? 4 : 2;  // target channels that share source vectors
+constexpr int64_t kTileRows4 = 4,
+                  kTileRows8 = 8;          // rows that do: 8 for one channel, else too few sums run side by side
+constexpr int64_t kBlockBytes = 96 << 10;  // of a task's planes and results, in the second cache
+
+// ---- kernels -------------------------------------------------------------------------------------
+
+// Where a block lies: plane d, row y, column x of output (0, 0) and tap (0, 0) at data[d*plane + y*pitch + x]; tap s is
+// column[s] further on.
+template <class T>
+struct Planes {
+  const T* data;
+  int64_t plane, pitch, D;
+  const int64_t* column;
+};
+
+// Where results go: channel m, row i at data[m*plane + i*pitch].
+template <class T>
+struct Results {
+  T* data;
+  int64_t plane, pitch;
+};
+
+// sums[m][o] += sum over r of weight[r*M + m] * rows[o + r], R neighbouring rows of the kernel known when compiling
+template <int R, int M, int ROWS, class T>
+inline void add_known_rows(const T* rows, int64_t pitch, const T* weight, Vector<T> (&sums)[M][ROWS]) {
+#pragma GCC unroll 16
+  for (int y = 0; y < ROWS - 1 + R; ++y) {
+    const Vector<T> x = load_vector(rows + y * pitch);
+#pragma GCC unroll 8
+    for (int o = 0; o < ROWS; ++o) {
+      const int r = y - o;
+      if (r < 0 || r >= R) continue;
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) sums[m][o] += weight[r * M + m] * x;
+    }
+  }
+}
+
+// The same for any step and spacing of the rows.
+template <int M, int ROWS, class T>
+inline void add_any_rows(const T* rows, int64_t pitch, const Axis& h, const T* weight, Vector<T> (&sums)[M][ROWS]) {
+  for (int64_t r = 0; r < h.taps; ++r, weight += M) {
+#pragma GCC unroll 8
+    for (int o = 0; o < ROWS; ++o) {
+      const Vector<T> x = load_vector(rows + (o * h.step + r * h.spacing) * pitch);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) sums[m][o] += weight[m] * x;
+    }
+  }
+}
+
+// to[m][o][0 .. count) = bias[m] + sum over d, s, r of weight[d, s, r, m] * source[d][o*step + r*spacing][column[s]]
+// for M channels and ROWS rows; R = 0: any taps
+template <int R, int M, int ROWS, class T>
+void sum_tile(const Planes<T>& source, const Axis& h, int64_t taps_w, const T* weight, const T* bias, int64_t count,
+              const Results<T>& to) {
+  Vector<T> totals[M][ROWS];
+  for (int m = 0; m < M; ++m) {
+    for (int o = 0; o < ROWS; ++o) totals[m][o] = Vector<T>{} + bias[m];
+  }
+  const int64_t most = std::max<int64_t>(1, kBlockTerms / std::max<int64_t>(1, h.taps));  // pairs (d, s) of a block
+  const int64_t pairs = source.D * taps_w;
+  int64_t d = 0, s = 0;
+  for (int64_t pair = 0; pair < pairs;) {
+    Vector<T> sums[M][ROWS] = {};
+    for (const int64_t end = std::min(pairs, pair + most); pair < end; ++pair, weight += h.taps * M) {
+      const T* rows = source.data + d * source.plane + source.column[s];
+      if constexpr (R > 0) add_known_rows<R, M, ROWS>(rows, source.pitch, weight, sums);
+      if constexpr (R == 0) add_any_rows<M, ROWS>(rows, source.pitch, h, weight, sums);
+      if (++s == taps_w) s = 0, ++d;
+    }
+    for (int m = 0; m < M; ++m) {
+      for (int o = 0; o < ROWS; ++o) totals[m][o] += sums[m][o];
+    }
+  }
+  for (int m = 0; m < M; ++m) {
+    for (int o = 0; o < ROWS; ++o) store_as<T>(to.data + m * to.plane + o * to.pitch, count, totals[m][o]);
+  }
+}
+
+template <class T>
+using SumTile = void (*)(const Planes<T>&, const Axis&, int64_t, const T*, const T*, int64_t, const Results<T>&);
+
+template <int M, int ROWS, class T>
+SumTile<T> tile_for(const Axis& h) {
+  if (h.step != 1 || (h.spacing != 1 && h.taps > 1)) return &sum_tile<0, M, ROWS, T>;
+  switch (h.taps) {
+    case 1:
+      return &sum_tile<1, M, ROWS, T>;
+    case 2:
+      return &sum_tile<2, M, ROWS, T>;
+    case 3:
+      return &sum_tile<3, M, ROWS, T>;
+    case 4:
+      return &sum_tile<4, M, ROWS, T>;
+    case 5:
+      return &sum_tile<5, M, ROWS, T>;
+    default:
+      return &sum_tile<0, M, ROWS, T>;
+  }
+}
+
+// A tile of M channels of a block of I rows.
+template <class T>
+struct RowTile {
+  int64_t rows;
+  SumTile<T> sum;
+
+  template <int M>
+  static RowTile of(const Axis& h, int64_t I) {
+    if (M == 1 && I >= kTileRows8) return {kTileRows8, tile_for<1, kTileRows8, T>(h)};
+    if (I >= kTileRows4) return {kTileRows4, tile_for<M, kTileRows4, T>(h)};
+    return {1, &sum_tile<0, M, 1, T>};
+  }
+  static RowTile of(const Axis& h, int64_t I, int64_t M) {
+    if constexpr (kTileChannels == 4) {
+      if (M == 4) return of<4>(h, I);
+      if (M == 3) return of<3>(h, I);
+    }
+    return M == 2 ? of<2>(h, I) : of<1>(h, I);
+  }
+};
+
+// ---- launchers -----------------------------------------------------------------------------------
+
+// One call's sums: M target channels from D source channels. weight[m, d, r, s] lies at weight.at(m, d, r, s).
+template <class T>
+struct Sums {
+  int64_t N, M, D;
+  Strided4d<const T> source;
+  Strided4d<const T> weight;
+  const T* bias;
+  int64_t bias_stride;
+  Strided4d<T> target;
+};
+
+// The rows and columns of one phase as planes in cache. With a step, the columns that one tap reads lie side by side:
+// position x of a packed row is source column w.first + x, at (x % step)*width + x / step.
+template <class T>
+class Packing {
+ public:
+  Packing(const Axis& h, const Axis& w, int64_t M, int64_t D)
+      : h_(h), w_(w), D_(D), columns_(w.reach(w.outputs)), width_(ceil_div(columns_, w.step) + kLanes<T>) {
+    pitch_ = width_ * w.step;
+    const int64_t row_bytes = (D * pitch_ * h.step + M * result_pitch()) * int64_t(sizeof(T));
+    const int64_t fit = std::max<int64_t>(kTileRows8, kBlockBytes / row_bytes);
+    const int64_t count = ceil_div(h.outputs, fit);
+    rows_ = ceil_div(ceil_div(h.outputs, count), kTileRows4) * kTileRows4;
+    for (int64_t s = 0; s < w.taps; ++s) {
+      tap_columns_.push_back(s * w.spacing % w.step * width_ + s * w.spacing / w.step);
+    }
+  }
+  int64_t blocks() const { return ceil_div(h_.outputs, rows_); }
+  int64_t first(int64_t block) const { return block * rows_; }
+  int64_t rows(int64_t block) const { return std::min(rows_, h_.outputs - first(block)); }
+  int64_t most_rows() const { return std::min(rows_, h_.outputs); }
+  int64_t plane() const { return h_.reach(most_rows()) * pitch_ + kLanes<T>; }
+  int64_t size() const { return D_ * plane(); }
+  int64_t line() const { return w_.step > 1 ? D_ * columns_ : 0; }
+  int64_t result_pitch() const { return ceil_div(w_.outputs, kLanes<T>) * kLanes<T>; }
+  Planes<T> planes(const T* data) const { return {data, plane(), pitch_, D_, tap_columns_.data()}; }
+
+  // `line` (D, columns_) holds a row before it is taken apart; `to` was zero before the first block.
+  void pack(const Strided4d<const T>& source, int64_t n, int64_t block, T* line, T* to) const {
+    const int64_t begin = std::clamp<int64_t>(-w_.first, 0, columns_);
+    const int64_t end = std::clamp<int64_t>(w_.source - w_.first, begin, columns_);
+    const int64_t origin = first(block) * h_.step + h_.first;
+    for (int64_t y = 0; y < h_.reach(rows(block)); ++y, to += pitch_) {
+      const int64_t row = origin + y;
+      if (row < 0 || row >= h_.source || begin == end) {
+        for (int64_t d = 0; d < D_; ++d) std::fill_n(to + d * plane(), pitch_, T(0));
+        continue;
+      }
+      // seen from copy_pixels, channels are the pixels, and the other way round
+      const T* from = &source.at(n, 0, row, w_.first + begin);
+      T* packed = w_.step > 1 ? line : to + begin;
+      copy_pixels(from, source.stride_c, source.stride_w, D_, end - begin, packed, w_.step > 1 ? end - begin : plane());
+      if (w_.step == 1) continue;
+      for (int64_t d = 0; d < D_; ++d) take_apart(line + d * (end - begin), begin, end, to + d * plane());
+    }
+  }
+
+ private:
+  void take_apart(const T* line, int64_t begin, int64_t end, T* to) const {
+    for (int64_t phase = 0; phase < w_.step; ++phase) {
+      const int64_t i = ceil_div(std::max<int64_t>(0, begin - phase), w_.step);
+      T* row = to + phase * width_ + i;
+      for (int64_t x = phase + i * w_.step; x < end; x += w_.step) *row++ = line[x - begin];
+    }
+  }
+
+  Axis h_, w_;
+  int64_t D_, columns_, width_, pitch_, rows_;
+  std::vector<int64_t> tap_columns_;
+};
+
+// packed[d][s][r][m] for each tile of channels, one tile after the other
+template <class T>
+void pack_factors(const Sums<T>& sums, const Axis& h, const Axis& w, const Pieces& tiles, T* packed) {
+  for (int64_t tile = 0; tile < tiles.count; ++tile) {
+    for (int64_t d = 0; d < sums.D; ++d) {
+      for (int64_t s = 0; s < w.taps; ++s) {
+        for (int64_t r = 0; r < h.taps; ++r) {
+          for (int64_t m = tiles.begin(tile); m < tiles.begin(tile + 1); ++m) {
+            *packed++ = sums.weight.at(m, d, h.weight(r), w.weight(s));
+          }
+        }
+      }
+    }
+  }
+}
+
+// to[m][i][j] for all M channels, I rows and J columns. The last rows are summed together with some of those before
+// them once more.
+template <class T>
+void sum_block(const Planes<T>& source, const Axis& h, const Axis& w, const Pieces& tiles, const T* factors,
+               const T* offsets, int64_t I, const Results<T>& to) {
+  for (int64_t t = 0; t < tiles.count; ++t) {
+    const int64_t m = tiles.begin(t);
+    const RowTile<T> tile = RowTile<T>::of(h, I, tiles.length(t));
+    for (int64_t i = 0; i < I; i += tile.rows) {
+      const int64_t row = std::min(i, I - tile.rows);
+      for (int64_t j = 0; j < w.outputs; j += kLanes<T>) {
+        Planes<T> part = source;
+        part.data += row * h.step * source.pitch + j;
+        const Results<T> place = {to.data + m * to.plane + row * to.pitch + j, to.plane, to.pitch};
+        tile.sum(part, h, w.taps, factors + m * source.D * w.taps * h.taps, offsets + m,
+                 std::min<int64_t>(kLanes<T>, w.outputs - j), place);
+      }
+    }
+  }
+}
+
+// target[.., m, i, j] = from[m][i][j] for the target's columns `step` apart
+template <class T>
+void write_block(const Results<T>& from, int64_t M, int64_t I, int64_t J, const Strided4d<T>& target) {
+  for (int64_t i = 0; i < I; ++i) {
+    const T* row = from.data + i * from.pitch;
+    T* to = target.data + i * target.stride_h;
+    if (target.stride_c == 1 && M > 1) {
+      copy_pixels(row, 1, from.plane, J, M, to, target.stride_w);
+      continue;
+    }
+    for (int64_t m = 0; m < M; ++m) {
+      for (int64_t j = 0; j < J; ++j) to[m * target.stride_c + j * target.stride_w] = row[m * from.plane + j];
+    }
+  }
+}
+
+// The sums of one phase.
+template <class T>
+void sum_phase(const Sums<T>& sums, const Axis& h, const Axis& w) {
+  const Packing<T> packing(h, w, sums.M, sums.D);
+  const Pieces tiles(sums.M, kTileChannels);
+  Scratch<T> factors(sums.M * sums.D * h.taps * w.taps), offsets(sums.M);
+  pack_factors(sums, h, w, tiles, factors.data());
+  for (int64_t m = 0; m < sums.M; ++m)
+    offsets.data()[m] = sums.bias == nullptr ? T(0) : sums.bias[m * sums.bias_stride];
+  const int64_t blocks = packing.blocks(), pitch = packing.result_pitch();
+  const bool in_place = sums.target.stride_w * w.place_step == 1;
+  const int64_t products = packing.most_rows() * w.outputs * sums.M * sums.D * h.taps * w.taps;
+  parallel_for(sums.N * blocks, grain_of(products), [&](int64_t begin, int64_t end) {
+    Scratch<T> packed(packing.size()), line(packing.line());
+    Scratch<T> results(in_place ? 0 : sums.M * packing.most_rows() * pitch);
+    std::fill_n(packed.data(), packing.size(), T(0));
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t n = task / blocks, block = task % blocks, I = packing.rows(block);
+      packing.pack(sums.source, n, block, line.data(), packed.data());
+      const Strided4d<T> target = {&sums.target.at(n, 0, h.place(packing.first(block)), w.place(0)),
+                                   sums.target.stride_n, sums.target.stride_c, sums.target.stride_h * h.place_step,
+                                   sums.target.stride_w * w.place_step};
+      const Results<T> to = in_place ? Results<T>{target.data, target.stride_c, target.stride_h}
+                                     : Results<T>{results.data(), I * pitch, pitch};
+      sum_block(packing.planes(packed.data()), h, w, tiles, factors.data(), offsets.data(), I, to);
+      if (!in_place) write_block(to, sums.M, I, w.outputs, target);
+    }
+  });
+}
+
+}  // namespace
+
+// ---- entry points --------------------------------------------------------------------------------
+
+template <class T>
+void SmallChannels::forward(const Conv2dShape& shape, Strided4d<const T> input, Strided4d<const T> weight,
+                            const T* bias, int64_t bias_stride, Strided4d<T> output) {
+  if (shape.N * shape.K * shape.P * shape.Q == 0) return;
+  sum_phase<T>({shape.N, shape.K, shape.C, input, weight, bias, bias_stride, output}, forward_axes_h(shape)[0],
+               forward_axes_w(shape)[0]);
+}
+
+template <class T>
+void SmallChannels::grad_input(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> weight,
+                               const T* bias, int64_t bias_stride, Strided4d<T> grad_input) {
+  if (shape.N * shape.C * shape.H * shape.W == 0) return;
+  const Strided4d<const T> turned = {weight.data, weight.stride_c, weight.stride_n, weight.stride_h, weight.stride_w};
+  const Sums<T> sums = {shape.N, shape.C, shape.K, grad, turned, bias, bias_stride, grad_input};
+  for (const Axis& h : gradient_axes_h(shape)) {
+    for (const Axis& w : gradient_axes_w(shape)) sum_phase(sums, h, w);
+  }
+}
+
+// The sum runs over pixels, where the channels of grad fill the vectors: as direct has it.
+template <class T>
+void SmallChannels::grad_weight(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> input,
+                                Strided4d<T> grad_weight) {
+  Direct::grad_weight(shape, grad, input, grad_weight);
+}
+
+template void SmallChannels::forward(const Conv2dShape&, Strided4d<const float>, Strided4d<const float>, const float*,
+                                     int64_t, Strided4d<float>);
+template void SmallChannels::grad_input(const Conv2dShape&, Strided4d<const float>, Strided4d<const float>,
+                                        const float*, int64_t, Strided4d<float>);
+template void SmallChannels::grad_weight(const Conv2dShape&, Strided4d<const float>, Strided4d<const float>,
+                                         Strided4d<float>);
+
+}  // namespace dlkernels

@@ -1,0 +1,25 @@
+// Strategy `small_channels`: few input channels, where the pixels of a row fill the vectors.
+#pragma once
+
+#include "../../conv2d.h"
+
+namespace dlkernels {
+
+struct SmallChannels {
+  static constexpr int64_t kMostChannels = 16;  // of the input: beyond, output channels fill vectors as well
+
+  static bool can(const Conv2dShape& shape) { return shape.G == 1 && shape.C <= kMostChannels; }
+
+  // As in direct.h, for float.
+  template <class T>
+  static void forward(const Conv2dShape& shape, Strided4d<const T> input, Strided4d<const T> weight, const T* bias,
+                      int64_t bias_stride, Strided4d<T> output);
+  template <class T>
+  static void grad_input(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> weight, const T* bias,
+                         int64_t bias_stride, Strided4d<T> grad_input);
+  template <class T>
+  static void grad_weight(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> input,
+                          Strided4d<T> grad_weight);
+};
+
+}  // namespace dlkernels
