@@ -54,6 +54,7 @@ template <class T>
 void pack_pixels(const Pixels<const T>& pixels, int64_t channel, int64_t D, int64_t x, int64_t count, T* columns) {
   constexpr int64_t kWidth = kPanelPixels<T>;
   if (count < kWidth) std::fill_n(columns, D * kWidth, T(0));
+  if (D == 0) return;  // there is no memory to point into
   pixels.for_each_run(x, count, [&](const T* first, int64_t lane, int64_t length) {
     for (int64_t d = 0; d < D; ++d) {
       copy_pixels(first + (channel + d) * pixels.image.stride_c, pixels.stride_w(), 1, length, 1,

@@ -195,7 +195,7 @@ class Packing {
     const int64_t origin = first(block) * h_.step + h_.first;
     for (int64_t y = 0; y < h_.reach(rows(block)); ++y, to += pitch_) {
       const int64_t row = origin + y;
-      if (row < 0 || row >= h_.source || begin == end) {
+      if (row < 0 || row >= h_.source || begin == end || D_ == 0) {
         for (int64_t d = 0; d < D_; ++d) std::fill_n(to + d * plane(), pitch_, T(0));
         continue;
       }
