@@ -113,7 +113,7 @@ def pointwise_cases():
 
 
 def small_channels_cases():
-    """Rows around a vector's width, tiles of 4 and 8 rows, tiles of 1 to 4 channels, kernels of known and other rows."""
+    """Rows around a vector's width, tiles of 4 and 8 rows and of 1 to 4 channels, kernels of known and other rows."""
     for height, width in [(1, 1), (3, 16), (4, 17), (9, 15), (12, 33), (90, 40)]:
         yield f"{height}x{width}", (2, 3, height, width), 5, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)
     yield "8x16_stride_2", (2, 3, 8, 16), 6, (3, 3), (2, 2), (1, 1, 1, 1), (1, 1)
