@@ -211,6 +211,13 @@ class TestResume:
 
 
 class TestCtrlC:
+    @pytest.fixture(autouse=True)
+    def as_in_the_foreground(self):
+        """A shell starts background jobs with SIGINT ignored, and Python then installs no handler."""
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+        signal.signal(signal.SIGINT, before)
+
     def test_a_second_one_interrupts_at_once_and_the_handler_is_put_back(self):
         before = signal.getsignal(signal.SIGINT)
 

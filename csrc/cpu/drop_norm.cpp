@@ -57,7 +57,7 @@ struct Features {
   }
 
  private:
-  // Of bytes that are 0 or -1, of which there are at most 2^31.
+  // How many of `count` <= 2^31 bytes, each 0 or -1, are -1.
   static int64_t count_set(const int8_t* bytes, int64_t count) {
     int32_t sum = 0;
     for (int64_t i = 0; i < count; ++i) sum -= bytes[i];
@@ -71,7 +71,7 @@ struct Features {
     return count_set(mask, M);
   }
 
-  // The parameter itself where there is nothing to do.
+  // result[i] = s * parameter[i], 0 where dropped; the parameter itself where there is nothing to do.
   template <class P>
   const A* times_s(const P* parameter, A otherwise, std::optional<Scratch<A>>& own) {
     if constexpr (std::is_same_v<P, A>) {
@@ -341,7 +341,7 @@ bool goes_past_cache(const DropNormShape& shape, const T* result) {
 
 int64_t rows_of_task(int64_t M) { return std::max<int64_t>(1, kTaskElements / std::max<int64_t>(1, M)); }
 
-// Adds the partial rows (stretches, M) in order, times s.
+// sums[i] = s * (partial[0, i] + partial[1, i] + ...), in this order, of the partial rows (stretches, M).
 template <class P, class A>
 void sum_stretches(const A* partial, int64_t stretches, int64_t M, A s, P* sums) {
   if (sums == nullptr) return;

@@ -122,9 +122,30 @@ bool check(const Conv2dShape& s) {
   return true;
 }
 
+// No images, or images without channels, whose tensors have no memory. (No output channels are refused before.)
+template <class Strategy>
+void check_empty_shapes() {
+  Conv2dShape full{};
+  full.G = 1, full.N = 2, full.C = 3, full.H = full.W = full.P = full.Q = 5, full.K = 4, full.R = full.S = 1;
+  full.stride_h = full.stride_w = full.dilation_h = full.dilation_w = 1;
+  for (int64_t Conv2dShape::* size : {&Conv2dShape::N, &Conv2dShape::C}) {
+    for (int64_t kernel : {1, 3}) {
+      Conv2dShape s = full;
+      s.*size = 0;
+      s.R = s.S = kernel, s.pad_top = s.pad_left = kernel / 2;
+      check<Strategy, float>(s);
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
+  check_empty_shapes<Direct>();
+  check_empty_shapes<Pointwise>();
+  check_empty_shapes<Depthwise>();
+  check_empty_shapes<Winograd>();
+  check_empty_shapes<SmallChannels>();
   int direct = 0, pointwise = 0, depthwise = 0, winograd = 0, small_channels = 0;
   for (int round = 0; round < 120; ++round) {
     direct += check<Direct, double>(random_shape()) + check<Direct, float>(random_shape());

@@ -55,15 +55,15 @@ bool winograd_pays(const Conv2dShape& shape, Pass pass) {
   return 16 * tiles * 6 / 5 + kKernelCost < 9 * pixels;
 }
 
-// Where output channels or input channels as vectors would be mostly padding. Measured, as the constants: in
-// channels_last, where the strategy has to transpose, the output of several input channels is faster by `direct`; so is
-// grad_weight, whose vectors are output channels.
+// Where output channels or input channels as vectors would be mostly padding. Measured, as the constants: where the
+// strategy has to transpose its output, for channels_last, `direct` is faster as soon as output channels fill a vector,
+// and with several input channels; so it is for grad_weight, whose vectors are output channels.
 bool small_channels_pay(const Conv2dShape& shape, Pass pass, bool channels_last) {
   constexpr int64_t kFew = 4;
   if (!SmallChannels::can(shape)) return false;
   switch (pass) {
     case Pass::kForward:
-      return shape.C == 1 || (shape.C <= kFew && !channels_last);
+      return channels_last ? shape.C == 1 && shape.K < kLanes<float> : shape.C <= kFew;
     case Pass::kGradInput:
       return shape.C <= std::max<int64_t>(kFew, kLanes<float> * 2 / 3);
     case Pass::kGradWeight:

@@ -26,8 +26,8 @@ namespace {
 // ---- tuning constants ----------------------------------------------------------------------------
 
 constexpr int kTileChannels = kVectorRegisters == 32 ? 4 : 2;  // target channels that share source vectors
-constexpr int64_t kTileRows4 = 4,
-                  kTileRows8 = 8;          // rows that do: 8 for one channel, else too few sums run side by side
+constexpr int64_t kTileRows = 4;                               // rows that do
+constexpr int64_t kOneChannelRows = 8;     // rows of a tile of one channel, else too few sums run side by side
 constexpr int64_t kBlockBytes = 96 << 10;  // of a task's planes and results, in the second cache
 
 // ---- kernels -------------------------------------------------------------------------------------
@@ -136,8 +136,8 @@ struct RowTile {
 
   template <int M>
   static RowTile of(const Axis& h, int64_t I) {
-    if (M == 1 && I >= kTileRows8) return {kTileRows8, tile_for<1, kTileRows8, T>(h)};
-    if (I >= kTileRows4) return {kTileRows4, tile_for<M, kTileRows4, T>(h)};
+    if (M == 1 && I >= kOneChannelRows) return {kOneChannelRows, tile_for<1, kOneChannelRows, T>(h)};
+    if (I >= kTileRows) return {kTileRows, tile_for<M, kTileRows, T>(h)};
     return {1, &sum_tile<0, M, 1, T>};
   }
   static RowTile of(const Axis& h, int64_t I, int64_t M) {
@@ -171,9 +171,9 @@ class Packing {
       : h_(h), w_(w), D_(D), columns_(w.reach(w.outputs)), width_(ceil_div(columns_, w.step) + kLanes<T>) {
     pitch_ = width_ * w.step;
     const int64_t row_bytes = (D * pitch_ * h.step + M * result_pitch()) * int64_t(sizeof(T));
-    const int64_t fit = std::max<int64_t>(kTileRows8, kBlockBytes / row_bytes);
+    const int64_t fit = std::max<int64_t>(kOneChannelRows, kBlockBytes / row_bytes);
     const int64_t count = ceil_div(h.outputs, fit);
-    rows_ = ceil_div(ceil_div(h.outputs, count), kTileRows4) * kTileRows4;
+    rows_ = ceil_div(ceil_div(h.outputs, count), kTileRows) * kTileRows;
     for (int64_t s = 0; s < w.taps; ++s) {
       tap_columns_.push_back(s * w.spacing % w.step * width_ + s * w.spacing / w.step);
     }
