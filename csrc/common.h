@@ -150,12 +150,18 @@ DLKERNELS_HOST_DEVICE inline float load(BFloat16 value) { return float_of(uint32
 // Rebase the exponent from bias 15 to bias 127. A denormal half is m * 2^-24: put m below a leading one at 2^-14 and
 // subtract that one again, so that no denormal float occurs on the way (kernels may run with those flushed to zero).
 DLKERNELS_HOST_DEVICE inline float load(Half value) {
+#ifdef __CUDA_ARCH__  // has an instruction for it
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
+  return result;
+#else
   const uint32_t sign = uint32_t(value.bits & 0x8000u) << 16;
   const uint32_t magnitude = uint32_t(value.bits & 0x7fffu) << 13;
   const uint32_t exponent = value.bits & 0x7c00u;
   const uint32_t normal = magnitude + ((exponent == 0x7c00u ? 255u - 31u : 127u - 15u) << 23);
   const float denormal = float_of(magnitude + (113u << 23)) - float_of(113u << 23);
   return float_of(sign | (exponent == 0 ? bits_of(denormal) : normal));
+#endif
 }
 
 template <class T>
@@ -166,16 +172,27 @@ DLKERNELS_HOST_DEVICE inline T store(Accumulate<T> value) {
 // Round to nearest, ties to even; NaN stays NaN.
 template <>
 DLKERNELS_HOST_DEVICE inline BFloat16 store<BFloat16>(float value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800  // have an instruction for it
+  BFloat16 result;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+  return result;
+#else
   const uint32_t bits = bits_of(value);
   const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   return {uint16_t(nan ? (bits >> 16) | 0x40u : rounded)};
+#endif
 }
 
 // Round to nearest, ties to even; beyond 65520 becomes infinity; below 2^-14 the sum with 0.5 rounds to steps of 2^-24,
 // which are the denormal halves.
 template <>
 DLKERNELS_HOST_DEVICE inline Half store<Half>(float value) {
+#ifdef __CUDA_ARCH__
+  Half result;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+  return result;
+#else
   const uint32_t sign = (bits_of(value) >> 16) & 0x8000u;
   const uint32_t bits = bits_of(value) & 0x7fffffffu;
   const uint32_t normal = (bits - (112u << 23) + 0xfffu + ((bits >> 13) & 1u)) >> 13;
@@ -183,6 +200,7 @@ DLKERNELS_HOST_DEVICE inline Half store<Half>(float value) {
   const uint32_t finite = bits < (113u << 23) ? denormal : normal;
   const uint32_t special = bits > 0x7f800000u ? 0x7e00u : 0x7c00u;
   return {uint16_t(sign | (bits >= 0x47800000u ? special : finite))};
+#endif
 }
 
 }  // namespace dlkernels

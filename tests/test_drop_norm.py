@@ -50,17 +50,26 @@ def named(*names):
     return [CASES[name] for name in names]
 
 
+def layer_norm(x, shape, weight, bias, eps):
+    """F.layer_norm; on CUDA it takes one dtype alone, so 16-bit rows beside float32 parameters are widened for it."""
+    parameter = bias if weight is None else weight
+    mixed = parameter is not None and parameter.dtype != x.dtype
+    if mixed and x.is_cuda and not torch.is_autocast_enabled("cuda"):
+        return F.layer_norm(x.to(parameter.dtype), shape, weight, bias, eps).to(x.dtype)
+    return F.layer_norm(x, shape, weight, bias, eps)
+
+
 def gather_norm_scatter(input, keep=None, weight=None, bias=None, eps=1e-5, rescale=True):
     """The definition in torch's own operators, in the dtype of the input."""
     given = next((t for t in (keep, weight, bias) if t is not None), None)
     shape = input.shape[-1:] if given is None else given.shape
     if keep is None:
-        return F.layer_norm(input, shape, weight, bias, eps)
+        return layer_norm(input, shape, weight, bias, eps)
     kept = keep.flatten().nonzero().flatten()
     scale = keep.numel() / max(len(kept), 1) if rescale else 1.0
     weight, bias = (None if t is None else t.flatten()[kept] for t in (weight, bias))
     x = input.flatten(-len(shape))[..., kept]
-    y = F.layer_norm(x, kept.shape, weight, bias, eps) * scale
+    y = layer_norm(x, kept.shape, weight, bias, eps) * scale
     zeros = torch.zeros_like(input).flatten(-len(shape))
     return zeros.index_copy(-1, kept, y).reshape(input.shape)
 

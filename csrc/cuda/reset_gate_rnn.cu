@@ -8,6 +8,7 @@
 
 #include "../tensor.h"
 #include "launch.cuh"
+#include "reduce.cuh"
 #include "stream.h"
 
 namespace dlkernels {
@@ -15,9 +16,10 @@ namespace {
 
 // ---- tuning constants ----------------------------------------------------------------------------
 
-constexpr int kTile = 64;       // rows and columns of a block's tile of a product
-constexpr int kTileDepth = 16;  // of a sum, between two loads into shared memory
-constexpr int kSide = 16;       // kSide x kSide threads, each owning kOwn x kOwn elements of the tile
+constexpr int kTile = 64;              // rows and columns of a block's tile of a product
+constexpr int kTileDepth = 16;         // of a sum, between two loads into shared memory
+constexpr int kRun = 16 * kTileDepth;  // of a sum that is added to the rest as one
+constexpr int kSide = 16;              // kSide x kSide threads, each owning kOwn x kOwn elements of the tile
 constexpr int kOwn = kTile / kSide;
 static_assert(kSide * kSide == kThreads);
 
@@ -53,7 +55,8 @@ __global__ void multiply(int64_t count, int64_t M, int64_t N, int64_t K, Left le
   const int row = threadIdx.x / kSide, column = threadIdx.x % kSide;
   for (int64_t tile = blockIdx.x; tile < count; tile += gridDim.x) {
     const int64_t m0 = tile / tiles_n * kTile, n0 = tile % tiles_n * kTile;
-    A own[kOwn][kOwn] = {};
+    A own[kOwn][kOwn] = {},
+      run[kOwn][kOwn] = {};  // long sums are made of short ones, which keeps rounding errors small
     for (int64_t k0 = 0; k0 < K; k0 += kTileDepth) {
       for (int i = threadIdx.x; i < kTile * kTileDepth; i += kThreads) {
         const int64_t k = k0 + i % kTileDepth, m = m0 + i / kTileDepth, n = n0 + i / kTileDepth;
@@ -61,15 +64,15 @@ __global__ void multiply(int64_t count, int64_t M, int64_t N, int64_t K, Left le
         right_tile[i % kTileDepth][i / kTileDepth] = k < K && n < N ? A(load(right.at(n, k))) : A(0);
       }
       __syncthreads();
-      A part[kOwn][kOwn] = {};  // long sums are made of short ones, which keeps their rounding errors small
       for (int k = 0; k < min(int64_t(kTileDepth), K - k0); ++k) {
         for (int a = 0; a < kOwn; ++a) {
-          for (int b = 0; b < kOwn; ++b)
-            part[a][b] += left_tile[k][row + a * kSide] * right_tile[k][column + b * kSide];
+          for (int b = 0; b < kOwn; ++b) run[a][b] += left_tile[k][row + a * kSide] * right_tile[k][column + b * kSide];
         }
       }
-      for (int a = 0; a < kOwn; ++a) {
-        for (int b = 0; b < kOwn; ++b) own[a][b] += part[a][b];
+      if ((k0 + kTileDepth) % kRun == 0 || k0 + kTileDepth >= K) {
+        for (int a = 0; a < kOwn; ++a) {
+          for (int b = 0; b < kOwn; ++b) own[a][b] += run[a][b], run[a][b] = 0;
+        }
       }
       __syncthreads();
     }
@@ -84,14 +87,11 @@ __global__ void multiply(int64_t count, int64_t M, int64_t N, int64_t K, Left le
   }
 }
 
-// sums[j] = sum over rows of values[row][j]; count = columns, a thread for each, in double
+// sums[j] = sum over rows of values[row][j]; count = columns, a block for some of them, in double
 template <class A>
 __global__ void sum_rows(int64_t count, int64_t rows, const A* values, int64_t stride, A* sums) {
-  for (int64_t j = first_item(); j < count; j += item_stride()) {
-    double sum = 0;
-    for (int64_t row = 0; row < rows; ++row) sum += values[row * stride + j];
-    sums[j] = A(sum);
-  }
+  const double sum = column_sum<double>(rows, count, values, stride);
+  if (threadIdx.y == 0 && own_column() < count) sums[own_column()] = A(sum);
 }
 
 // to[i] = from[i], in another type
@@ -355,7 +355,7 @@ struct CudaResetGateRnn : CudaKernels {
     const auto bias_tensor = workspace<A>(width);
     A* bias = (A*)bias_tensor.mutable_data_ptr();
     if (wanted.bias_ih == nullptr && wanted.bias_hh == nullptr) return;
-    launch_for_items(stream(), "reset_gate_rnn_backward", width, sum_rows<A>, rows, (const A*)u, width, bias);
+    launch_for_columns(stream(), "reset_gate_rnn_backward", width, sum_rows<A>, rows, (const A*)u, width, bias);
     convert_into(2 * H, bias, wanted.bias_ih);
     convert_into(H, bias, wanted.bias_hh);
     convert_into(H, bias + h_part, wanted.bias_hh == nullptr ? nullptr : wanted.bias_hh + H);

@@ -27,6 +27,15 @@ class CudaKernels {
  protected:
   cudaStream_t stream() const { return stream_; }
 
+  int device() const { return tensor_.get_device_index(); }
+
+  // Multiprocessors of the device.
+  int64_t processors() const {
+    int count = 1;
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device());
+    return count;
+  }
+
   // Memory for `count` intermediate results; free again when the tensor goes.
   template <class A>
   torch::stable::Tensor workspace(int64_t count) const {
