@@ -66,11 +66,22 @@ inline void sum_tile(int64_t depth, const Rows& rows, const T* columns, int64_t 
   }
 }
 
+// Vector by vector: an initialiser becomes a loop over memory, and with it the tile would live there.
+template <int ROWS, int VECTORS, class V>
+inline void clear_tile(V (&tile)[ROWS][VECTORS]) {
+#pragma GCC unroll 8
+  for (int m = 0; m < ROWS; ++m) {
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; ++v) tile[m][v] = V{};
+  }
+}
+
 // One tile of ROWS rows by VECTORS vectors, added to sums (ROWS, sum_stride).
 template <int ROWS, int VECTORS, class T, class Rows>
 void multiply_tile(int64_t depth, const Rows& rows, const T* columns, int64_t column_stride, T* sums,
                    int64_t sum_stride) {
-  Vector<T> tile[ROWS][VECTORS] = {};
+  Vector<T> tile[ROWS][VECTORS];
+  clear_tile(tile);
   sum_tile(depth, rows, columns, column_stride, tile);
   for (int m = 0; m < ROWS; ++m) {
     for (int v = 0; v < VECTORS; ++v) {
@@ -85,7 +96,8 @@ void multiply_tile(int64_t depth, const Rows& rows, const T* columns, int64_t co
 template <int ROWS, int VECTORS, class T>
 void multiply_scattered_tile(int64_t depth, const Indirect<T>& rows, const T* columns, int64_t column_stride,
                              const T* start, T* const* sums) {
-  Vector<T> tile[ROWS][VECTORS] = {};
+  Vector<T> tile[ROWS][VECTORS];
+  clear_tile(tile);
   sum_tile(depth, rows, columns, column_stride, tile);
   for (int m = 0; m < ROWS; ++m) {
     for (int v = 0; v < VECTORS; ++v) {
