@@ -210,23 +210,40 @@ class Panels {
   void pack_transposed(int64_t p, const S* matrix, int64_t stride) {
     constexpr int L = kLanes<T>;
     const int64_t first = first_column(p), width = end_column(p) - first;
-    for (int64_t l = 0; l < depth_; l += L) {
-      const int64_t depth = std::min<int64_t>(L, depth_ - l);
-      for (int64_t j = 0; j < width; j += L) {
-        Vector<T> block[L];
-        for (int i = 0; i < L; ++i) {
-          const bool inside = first + j + i < columns_;
-          const S* row = matrix + (first + j + i) * stride + l;
-          block[i] = inside ? load_as<T>(row, depth) : Vector<T>{};
-          __builtin_prefetch(row + 2 * L);  // so many rows at once are more than the processor foresees
-        }
-        transpose<T>(block);
-        for (int i = 0; i < depth; ++i) store_vector(panel(p) + (l + i) * width + j, block[i]);
+    for (int64_t j = 0; j < width; j += L) {
+      const S* rows = matrix + (first + j) * stride;
+      T* to = panel(p) + j;
+      const int64_t whole = first + j + L <= columns_ ? depth_ / L * L : 0;
+      for (int64_t l = 0; l < whole; l += L) pack_block(rows + l, stride, to + l * width, width);
+      for (int64_t l = whole; l < depth_; l += L) {
+        pack_part_of_block(rows + l, stride, columns_ - first - j, depth_ - l, to + l * width, width);
       }
     }
   }
 
  private:
+  // A block of L rows and columns of the matrix, transposed.
+  template <class S>
+  static void pack_block(const S* rows, int64_t stride, T* to, int64_t width) {
+    constexpr int L = kLanes<T>;
+    Vector<T> block[L];
+    for (int i = 0; i < L; ++i) block[i] = load_as<T>(rows + i * stride);
+    transpose<T>(block);
+    for (int i = 0; i < L; ++i) store_vector(to + i * width, block[i]);
+  }
+
+  // The same where it ends after `row_count` rows or `depth` columns; missing rows are zeros, missing columns left out.
+  template <class S>
+  [[gnu::noinline]] static void pack_part_of_block(const S* rows, int64_t stride, int64_t row_count, int64_t depth,
+                                                   T* to, int64_t width) {
+    constexpr int L = kLanes<T>;
+    depth = std::min<int64_t>(L, depth);
+    Vector<T> block[L] = {};
+    for (int i = 0; i < std::min<int64_t>(L, row_count); ++i) block[i] = load_as<T>(rows + i * stride, depth);
+    transpose<T>(block);
+    for (int i = 0; i < depth; ++i) store_vector(to + i * width, block[i]);
+  }
+
   int64_t first_vector(int64_t panel) const { return vectors_ * panel / count_; }
   T* panel(int64_t panel) { return data_.data() + first_column(panel) * depth_; }
   const T* panel(int64_t panel) const { return data_.data() + first_column(panel) * depth_; }

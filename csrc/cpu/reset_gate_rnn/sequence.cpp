@@ -23,6 +23,7 @@ namespace {
 // ---- tuning constants ----------------------------------------------------------------------------
 
 constexpr int64_t kTaskWork = 1 << 17;       // multiply-adds, 2.4 us, below which a second thread does not pay
+constexpr int64_t kMoveWork = 16;            // multiply-adds in the time in which a number is moved
 constexpr int64_t kStepWork = 1 << 16;       // multiply-adds of a step, below which threads that share it do not pay
 constexpr int64_t kCacheBytes = 1 << 20;     // of weights that stay in a core's cache from step to step
 constexpr int64_t kLeastSlice = 2;           // sequences of a slice: a weight must serve two once it is loaded
@@ -74,6 +75,9 @@ int64_t steps_of_chunk(const ResetGateRnnShape& shape, int64_t width) {
 }
 
 int64_t grain_of(int64_t work) { return std::max<int64_t>(1, kTaskWork / std::max<int64_t>(1, work)); }
+
+// The same for items of so many numbers that are moved, not multiplied.
+int64_t grain_of_moves(int64_t numbers) { return grain_of(numbers * kMoveWork); }
 
 // How the work of the steps is cut.
 struct Plan {
@@ -134,7 +138,7 @@ struct GatePanels {
   template <class T>
   GatePanels(const T* weight, int64_t H, int64_t depth, int most_vectors, int64_t threads = 1)
       : r(depth, H, most_vectors, threads), n(depth, H, most_vectors, threads) {
-    parallel_for(2 * r.count(), grain_of(ceil_div(H, std::max<int64_t>(1, r.count())) * depth),
+    parallel_for(2 * r.count(), grain_of_moves(ceil_div(H, std::max<int64_t>(1, r.count())) * depth),
                  [&](int64_t begin, int64_t end) {
                    for (int64_t i = begin; i < end; ++i) {
                      const int64_t p = i / 2;
@@ -152,7 +156,7 @@ struct RowPanels {
   template <class T>
   RowPanels(const T* weight, int64_t H, int64_t columns, int most_vectors, int64_t threads = 1)
       : r(H, columns, most_vectors, threads), n(H, columns, most_vectors, threads) {
-    parallel_for(H, grain_of(columns), [&](int64_t begin, int64_t end) {
+    parallel_for(H, grain_of_moves(2 * columns), [&](int64_t begin, int64_t end) {
       Scratch<A> row(columns);
       for (int64_t l = begin; l < end; ++l) {
         for (Panels<A>* panels : {&r, &n}) {
@@ -651,7 +655,7 @@ class Backward {
     // bias[j] += sum over rows of u[row][j]
     void add_bias() {
       const int64_t rows = chunk.rows();
-      parallel_for(f.width_ / L, grain_of(rows * L), [&](int64_t begin, int64_t end) {
+      parallel_for(f.width_ / L, grain_of_moves(rows), [&](int64_t begin, int64_t end) {
         for (int64_t j = begin * L; j < end * L; j += L) {
           A* bias = f.bias_.data() + j;
           for (int64_t first = 0; first < rows; first += kBiasRows) {
@@ -681,7 +685,7 @@ class Backward {
   void store_rows(int64_t rows, int64_t columns, const A* from, int64_t stride, T* to, int64_t offset = 0) const {
     if (to == nullptr) return;
     to += offset;
-    parallel_for(rows, grain_of(columns), [&](int64_t begin, int64_t end) {
+    parallel_for(rows, grain_of_moves(columns), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         for (int64_t j = 0; j < columns; ++j) to[row * columns + j] = store<T>(from[row * stride + j]);
       }
