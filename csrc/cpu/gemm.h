@@ -159,11 +159,11 @@ ScatteredTile<T> scattered_tile(int64_t row_count, int64_t vectors) {
 template <class T>
 class Panels {
  public:
-  Panels(int64_t depth, int64_t columns, int most_vectors, int64_t threads = 1)
+  Panels(int64_t depth, int64_t columns, int most_vectors, int64_t threads = 1, int64_t count = 0)
       : depth_(depth),
         columns_(columns),
         vectors_(ceil_div(columns, kLanes<T>)),
-        count_(std::min(vectors_, ceil_div(ceil_div(vectors_, most_vectors), threads) * threads)),
+        count_(count > 0 ? count : std::min(vectors_, ceil_div(ceil_div(vectors_, most_vectors), threads) * threads)),
         few_(most_vectors > kTileVectors),
         data_(depth * vectors_ * kLanes<T>) {}
 
@@ -205,18 +205,19 @@ class Panels {
     }
   }
 
-  // columns[l][j] = matrix[j][l] for the panel; matrix (columns, depth), rows `stride` apart, of a storage type
+  // columns[l][first + j] = matrix[j][l] for columns [first, first + count) of the panel, zeros behind them up to a
+  // whole vector; first is a multiple of kLanes, matrix (count, depth), rows `stride` apart, of a storage type
   template <class S>
-  void pack_transposed(int64_t p, const S* matrix, int64_t stride) {
+  void pack_transposed(int64_t p, int64_t first, int64_t count, const S* matrix, int64_t stride) {
     constexpr int L = kLanes<T>;
-    const int64_t first = first_column(p), width = end_column(p) - first;
-    for (int64_t j = 0; j < width; j += L) {
-      const S* rows = matrix + (first + j) * stride;
-      T* to = panel(p) + j;
-      const int64_t whole = first + j + L <= columns_ ? depth_ / L * L : 0;
+    const int64_t width = end_column(p) - first_column(p);
+    for (int64_t j = 0; j < count; j += L) {
+      const S* rows = matrix + j * stride;
+      T* to = panel(p) + first + j;
+      const int64_t whole = count - j >= L ? depth_ / L * L : 0;
       for (int64_t l = 0; l < whole; l += L) pack_block(rows + l, stride, to + l * width, width);
       for (int64_t l = whole; l < depth_; l += L) {
-        pack_part_of_block(rows + l, stride, columns_ - first - j, depth_ - l, to + l * width, width);
+        pack_part_of_block(rows + l, stride, count - j, depth_ - l, to + l * width, width);
       }
     }
   }

@@ -83,6 +83,7 @@ int64_t grain_of_moves(int64_t numbers) { return grain_of(numbers * kMoveWork); 
 struct Plan {
   bool by_columns;   // else by sequences
   Ints slices;       // where slices of the sequences begin, and B
+  bool few_rows;     // of a slice
   int most_vectors;  // of a panel of recurrent weights
   int64_t sharing;   // threads that share the panels
 
@@ -95,7 +96,8 @@ struct Plan {
     const int64_t grain = std::max(kLeastSlice, grain_of(shape.T * step));
     slices = cut(shape, by_columns ? 1 : std::min(threads, ceil_div(shape.B, grain)));
     const int64_t slice = ceil_div(shape.B, int64_t(slices.size()) - 1);
-    most_vectors = slice <= kFewRows ? kFewRowsVectors : kTileVectors;
+    few_rows = slice <= kFewRows;
+    most_vectors = few_rows ? kFewRowsVectors : kTileVectors;
   }
 
  private:
@@ -130,22 +132,64 @@ void in_lockstep(int64_t steps, int64_t blocks, const Work& work) {
   parallel_for(blocks, 1, [&](int64_t begin, int64_t end) { lockstep.join(begin, end, work); });
 }
 
-// The panels of both gates' weights: of W (2H, depth) its transpose, r's columns and n's.
+// The transpose of both gates' weights W (2H, depth) in panels, for blocks of the H columns: a panel for each gate or,
+// `together`, one for both, in which n's columns follow r's. With few rows that gives every chain of sums others to run
+// beside.
 template <class A>
-struct GatePanels {
-  Panels<A> r, n;
-
+class GatePanels {
+ public:
   template <class T>
-  GatePanels(const T* weight, int64_t H, int64_t depth, int most_vectors, int64_t threads = 1)
-      : r(depth, H, most_vectors, threads), n(depth, H, most_vectors, threads) {
-    parallel_for(2 * r.count(), grain_of_moves(ceil_div(H, std::max<int64_t>(1, r.count())) * depth),
+  GatePanels(const T* weight, int64_t H, int64_t depth, int most_vectors, int64_t threads = 1, bool together = false)
+      : H_(H),
+        depth_(depth),
+        blocks_(count_blocks(H, most_vectors, threads, together)),
+        r_(depth, together ? 2 * padded(H, kLanes<A>) : H, most_vectors, threads, blocks_) {
+    if (!together) n_.emplace(depth, H, most_vectors, threads, blocks_);
+    parallel_for(2 * blocks_, grain_of_moves(ceil_div(H, std::max<int64_t>(1, blocks_)) * depth),
                  [&](int64_t begin, int64_t end) {
-                   for (int64_t i = begin; i < end; ++i) {
-                     const int64_t p = i / 2;
-                     i % 2 == 0 ? r.pack_transposed(p, weight, depth) : n.pack_transposed(p, weight + H * depth, depth);
-                   }
+                   for (int64_t i = begin; i < end; ++i) pack(i / 2, i % 2, weight + i % 2 * H * depth);
                  });
   }
+
+  int64_t count() const { return blocks_; }
+  int64_t first_column(int64_t block) const { return r_.first_column(block) / (n_ ? 1 : 2); }
+  int64_t end_column(int64_t block) const { return r_.end_column(block) / (n_ ? 1 : 2); }
+
+  // sums[m] += rows[m] W^T for the block's columns of r at to_r, of n at to_n, with rows of sums `stride` apart
+  void multiply(int64_t block, int64_t row_count, const RowMajor<A>& rows, A* to_r, A* to_n, int64_t stride) const {
+    r_.multiply(block, depth_, row_count, rows, to_r, stride);
+    if (n_) n_->multiply(block, depth_, row_count, rows, to_n, stride);
+  }
+
+  // The same of one gate, where they are not together.
+  void multiply_r(int64_t block, int64_t row_count, const RowMajor<A>& rows, A* to, int64_t stride) const {
+    r_.multiply(block, depth_, row_count, rows, to, stride);
+  }
+  void multiply_n(int64_t block, int64_t row_count, const RowMajor<A>& rows, A* to, int64_t stride) const {
+    n_->multiply(block, depth_, row_count, rows, to, stride);
+  }
+
+ private:
+  // Together, blocks have the same number of vectors, so that a panel's halves are those of the gates.
+  static int64_t count_blocks(int64_t H, int most_vectors, int64_t threads, bool together) {
+    const int64_t vectors = ceil_div(H, kLanes<A>);
+    if (!together) return std::min(vectors, ceil_div(ceil_div(vectors, most_vectors), threads) * threads);
+    int64_t blocks = ceil_div(2 * vectors, most_vectors);
+    while (blocks < vectors && (vectors % blocks != 0 || blocks % threads != 0)) ++blocks;
+    return std::min(vectors, blocks);
+  }
+
+  template <class T>
+  void pack(int64_t block, int64_t gate, const T* weight) {
+    const int64_t first = first_column(block), width = end_column(block) - first;
+    Panels<A>& panels = gate > 0 && n_ ? *n_ : r_;
+    panels.pack_transposed(block, gate > 0 && !n_ ? width : 0, std::min(width, H_ - first), weight + first * depth_,
+                           depth_);
+  }
+
+  int64_t H_, depth_, blocks_;
+  Panels<A> r_;  // or both gates'
+  std::optional<Panels<A>> n_;
 };
 
 // ... and W as it stands: W (2H, columns), r's rows and n's.
@@ -183,10 +227,11 @@ class Forward {
         plan_(shape, sizeof(A)),
         Hp_(padded(shape.H, L)),
         ih_(in.weight_ih, shape.H, shape.I, kTileVectors),
-        hh_(in.weight_hh, shape.H, shape.H, plan_.most_vectors, plan_.sharing),
+        hh_(in.weight_hh, shape.H, shape.H, plan_.most_vectors, plan_.sharing,
+            plan_.few_rows && shape.reset != Reset::before),
         bias_(3 * Hp_),
         state_{Scratch<A>(shape.B * Hp_), Scratch<A>(shape.B * Hp_)},
-        other_(shape.reset == Reset::output ? 0 : shape.B * Hp_) {
+        recurrent_(shape.B * 2 * Hp_) {
     // r has the sum of its biases in a_r, and so has n in a_n; but in "after" b_hn belongs to g
     std::fill_n(bias_.data(), 3 * Hp_, A(0));
     const bool after = shape.reset == Reset::after;
@@ -213,7 +258,7 @@ class Forward {
         parallel_for(part.chunk.rows(), std::max(kBlockRows / 4, grain_of(2 * shape_.I * shape_.H)),
                      [&](int64_t begin, int64_t end) { part.multiply_input(begin, end); });
         const int64_t phases = this->phases();
-        in_lockstep((part.chunk.end - s) * phases, hh_.r.count(),
+        in_lockstep((part.chunk.end - s) * phases, hh_.count(),
                     [&](int64_t i, int64_t block) { part.step(s + i / phases, int(i % phases), block); });
       }
     } else {
@@ -223,7 +268,7 @@ class Forward {
           part.multiply_input(0, part.chunk.rows());
           for (int64_t now = s; now < part.chunk.end; ++now) {
             for (int phase = 0; phase < phases(); ++phase) {
-              for (int64_t block = 0; block < hh_.r.count(); ++block) part.step(now, phase, block);
+              for (int64_t block = 0; block < hh_.count(); ++block) part.step(now, phase, block);
             }
           }
         }
@@ -264,10 +309,9 @@ class Forward {
         });
         A* sums = gates.data() + first * 2 * Hp;
         const RowMajor<A> rows{x.data(), I};
-        for (int64_t p = 0; p < f.ih_.r.count(); ++p) {
-          const int64_t j = f.ih_.r.first_column(p);
-          f.ih_.r.multiply(p, I, count, rows, sums + j, 2 * Hp);
-          f.ih_.n.multiply(p, I, count, rows, sums + Hp + j, 2 * Hp);
+        for (int64_t block = 0; block < f.ih_.count(); ++block) {
+          A* to = sums + f.ih_.first_column(block);
+          f.ih_.multiply(block, count, rows, to, to + Hp, 2 * Hp);
         }
       }
     }
@@ -295,7 +339,7 @@ class Forward {
     void for_vectors(int64_t s, int64_t block, int64_t count, const Work& work) {
       const int64_t H = f.shape_.H, first_row = f.shape_.first[f.shape_.time(s)] + b_begin;
       for (int64_t b = 0; b < count; ++b) {
-        for (int64_t j = f.hh_.r.first_column(block); j < f.hh_.r.end_column(block); j += L) {
+        for (int64_t j = f.hh_.first_column(block); j < f.hh_.end_column(block); j += L) {
           work(b, first_row + b, j, std::min<int64_t>(L, H - j));
         }
       }
@@ -316,32 +360,48 @@ class Forward {
       store_as<A>(f.result_.gates + (row * f.shape_.saved() + gate) * H + j, count, value);
     }
 
+    // What a step adds to a_r and a_n, or in "after" g, of one block: rows [W_hr h' | W_hn h'] of `width` columns each.
+    struct Recurrent {
+      const A* rows;
+      int64_t width, stride;
+
+      Vector<A> r(int64_t b, int64_t j) const { return load_vector(rows + b * stride + j); }
+      Vector<A> n(int64_t b, int64_t j) const { return load_vector(rows + b * stride + width + j); }
+    };
+
+    Recurrent multiply_state(int64_t s, int64_t block, int64_t count) {
+      const int64_t Hp = f.Hp_, first = f.hh_.first_column(block), width = f.hh_.end_column(block) - first;
+      const bool after = f.shape_.reset == Reset::after;
+      A* rows = f.recurrent_.data() + b_begin * 2 * Hp + 2 * first;
+      for (int64_t b = 0; b < count; ++b) {
+        std::fill_n(rows + b * 2 * Hp, after ? width : 2 * width, A(0));
+        if (after) std::copy_n(f.bias_.data() + 2 * Hp + first, width, rows + b * 2 * Hp + width);
+      }
+      f.hh_.multiply(block, count, h_before(s), rows, rows + width, 2 * Hp);
+      return {rows - first, width, 2 * Hp};
+    }
+
     // h = tanh(a_n + r * g), g = b_hn + W_hn h'
     void after(int64_t s, int64_t block, int64_t count) {
-      const int64_t Hp = f.Hp_, first = f.hh_.r.first_column(block), end = f.hh_.r.end_column(block);
-      A* sums = sums_of(s);
-      A* g_rows = rows_of(f.other_);
-      for (int64_t b = 0; b < count; ++b) {
-        std::copy(f.bias_.data() + 2 * Hp + first, f.bias_.data() + 2 * Hp + end, g_rows + b * Hp + first);
-      }
-      f.hh_.r.multiply(block, f.shape_.H, count, h_before(s), sums + first, 2 * Hp);
-      f.hh_.n.multiply(block, f.shape_.H, count, h_before(s), g_rows + first, Hp);
+      const int64_t Hp = f.Hp_;
+      const A* sums = sums_of(s);
+      const Recurrent recurrent = multiply_state(s, block, count);
       for_vectors(s, block, count, [&](int64_t b, int64_t row, int64_t j, int64_t columns) {
-        const Vector<A> r = sigmoid<A>(load_vector(sums + b * 2 * Hp + j));
-        const Vector<A> g = load_vector(g_rows + b * Hp + j);
+        const A* a = sums + b * 2 * Hp + j;
+        const Vector<A> r = sigmoid<A>(load_vector(a) + recurrent.r(b, j)), g = recurrent.n(b, j);
         save(row, 0, j, columns, r);
         save(row, 1, j, columns, g);
-        keep(s, b, row, j, columns, tanh<A>(load_vector(sums + b * 2 * Hp + Hp + j) + r * g));
+        keep(s, b, row, j, columns, tanh<A>(load_vector(a + Hp) + r * g));
       });
     }
 
     // q = r * h'
     void before_r(int64_t s, int64_t block, int64_t count) {
-      const int64_t Hp = f.Hp_, first = f.hh_.r.first_column(block);
+      const int64_t Hp = f.Hp_, first = f.hh_.first_column(block);
       A* sums = sums_of(s);
-      A* q = rows_of(f.other_);
+      A* q = rows_of(f.recurrent_);
       const RowMajor<A> h = h_before(s);
-      f.hh_.r.multiply(block, f.shape_.H, count, h, sums + first, 2 * Hp);
+      f.hh_.multiply_r(block, count, h, sums + first, 2 * Hp);
       for_vectors(s, block, count, [&](int64_t b, int64_t row, int64_t j, int64_t columns) {
         const Vector<A> r = sigmoid<A>(load_vector(sums + b * 2 * Hp + j));
         save(row, 0, j, columns, r);
@@ -351,9 +411,9 @@ class Forward {
 
     // h = tanh(a_n + b_hn + W_hn q)
     void before_n(int64_t s, int64_t block, int64_t count) {
-      const int64_t Hp = f.Hp_, first = f.hh_.n.first_column(block);
+      const int64_t Hp = f.Hp_, first = f.hh_.first_column(block);
       A* sums = sums_of(s) + Hp;
-      f.hh_.n.multiply(block, f.shape_.H, count, RowMajor<A>{rows_of(f.other_), Hp}, sums + first, 2 * Hp);
+      f.hh_.multiply_n(block, count, RowMajor<A>{rows_of(f.recurrent_), Hp}, sums + first, 2 * Hp);
       for_vectors(s, block, count, [&](int64_t b, int64_t row, int64_t j, int64_t columns) {
         keep(s, b, row, j, columns, tanh<A>(load_vector(sums + b * 2 * Hp + j)));
       });
@@ -361,13 +421,13 @@ class Forward {
 
     // h = r * n, n = tanh(a_n + b_hn + W_hn h')
     void output(int64_t s, int64_t block, int64_t count) {
-      const int64_t Hp = f.Hp_, first = f.hh_.r.first_column(block);
-      A* sums = sums_of(s);
-      f.hh_.r.multiply(block, f.shape_.H, count, h_before(s), sums + first, 2 * Hp);
-      f.hh_.n.multiply(block, f.shape_.H, count, h_before(s), sums + Hp + first, 2 * Hp);
+      const int64_t Hp = f.Hp_;
+      const A* sums = sums_of(s);
+      const Recurrent recurrent = multiply_state(s, block, count);
       for_vectors(s, block, count, [&](int64_t b, int64_t row, int64_t j, int64_t columns) {
-        const Vector<A> r = sigmoid<A>(load_vector(sums + b * 2 * Hp + j));
-        const Vector<A> n = tanh<A>(load_vector(sums + b * 2 * Hp + Hp + j));
+        const A* a = sums + b * 2 * Hp + j;
+        const Vector<A> r = sigmoid<A>(load_vector(a) + recurrent.r(b, j));
+        const Vector<A> n = tanh<A>(load_vector(a + Hp) + recurrent.n(b, j));
         save(row, 0, j, columns, r);
         save(row, 1, j, columns, n);
         keep(s, b, row, j, columns, r * n);
@@ -381,9 +441,9 @@ class Forward {
   const Plan plan_;
   const int64_t Hp_;  // H filled up to whole vectors
   GatePanels<A> ih_, hh_;
-  Scratch<A> bias_;      // (3 Hp): of a_r, of a_n, of g
-  Scratch<A> state_[2];  // (B, Hp) each: h' and h, by turns
-  Scratch<A> other_;     // (B, Hp): g in "after", q in "before"
+  Scratch<A> bias_;       // (3 Hp): of a_r, of a_n, of g
+  Scratch<A> state_[2];   // (B, Hp) each: h' and h, by turns
+  Scratch<A> recurrent_;  // (B, 2 Hp): what h' gives to both gates, block by block; in "before" q (B, Hp)
 };
 
 // ---- kernels: backward -------------------------------------------------------------------------------
