@@ -76,17 +76,26 @@ inline void clear_tile(V (&tile)[ROWS][VECTORS]) {
   }
 }
 
-// One tile of ROWS rows by VECTORS vectors, added to sums (ROWS, sum_stride).
+// What sums begin from: rows `stride` apart, often the sums themselves, or one row for all where the stride is 0; zeros
+// without rows.
+template <class T>
+struct Start {
+  const T* rows = nullptr;
+  int64_t stride = 0;
+  Start from(int64_t m) const { return {rows == nullptr ? nullptr : rows + m * stride, stride}; }
+};
+
+// One tile of ROWS rows by VECTORS vectors, written to sums (ROWS, sum_stride).
 template <int ROWS, int VECTORS, class T, class Rows>
-void multiply_tile(int64_t depth, const Rows& rows, const T* columns, int64_t column_stride, T* sums,
-                   int64_t sum_stride) {
+void multiply_tile(int64_t depth, const Rows& rows, const T* columns, int64_t column_stride, const Start<T>& start,
+                   T* sums, int64_t sum_stride) {
   Vector<T> tile[ROWS][VECTORS];
   clear_tile(tile);
   sum_tile(depth, rows, columns, column_stride, tile);
   for (int m = 0; m < ROWS; ++m) {
     for (int v = 0; v < VECTORS; ++v) {
-      T* sum = sums + m * sum_stride + v * kLanes<T>;
-      store_vector(sum, load_vector(sum) + tile[m][v]);
+      if (start.rows != nullptr) tile[m][v] += load_vector(start.rows + m * start.stride + v * kLanes<T>);
+      store_vector(sums + m * sum_stride + v * kLanes<T>, tile[m][v]);
     }
   }
 }
@@ -111,8 +120,8 @@ void multiply_scattered_tile(int64_t depth, const Indirect<T>& rows, const T* co
 // ---- tiles of any size ---------------------------------------------------------------------------
 
 template <class T, class Rows>
-using Tile = void (*)(int64_t depth, const Rows& rows, const T* columns, int64_t column_stride, T* sums,
-                      int64_t sum_stride);
+using Tile = void (*)(int64_t depth, const Rows& rows, const T* columns, int64_t column_stride, const Start<T>& start,
+                      T* sums, int64_t sum_stride);
 
 template <int VECTORS, class T, class Rows, int... ROW>
 Tile<T, Rows> tile_of(int64_t row_count, std::integer_sequence<int, ROW...>) {
@@ -171,27 +180,29 @@ class Panels {
   int64_t first_column(int64_t panel) const { return first_vector(panel) * kLanes<T>; }
   int64_t end_column(int64_t panel) const { return first_vector(panel + 1) * kLanes<T>; }  // past the padding, too
 
-  // sums[m][j] += sum over l < depth of rows[m][l] * columns[l][j] for the panel's columns j
-  //   rows (row_count, depth), sums (row_count, sum_stride), the panel's first column first
-  void multiply(int64_t panel, int64_t depth, int64_t row_count, const RowMajor<T>& rows, T* sums,
-                int64_t sum_stride) const {
+  // sums[m][j] = start[m][j] + sum over l < depth of rows[m][l] * columns[l][j] for the panel's columns j
+  //   rows (row_count, depth), start and sums (row_count, sum_stride), the panel's first column first
+  void multiply(int64_t panel, int64_t depth, int64_t row_count, const RowMajor<T>& rows, const Start<T>& start,
+                T* sums, int64_t sum_stride) const {
     const int64_t vectors = first_vector(panel + 1) - first_vector(panel), width = vectors * kLanes<T>;
     const int64_t tile_rows = few_ ? kFewRows : kTileRows;
-    for (int64_t l = 0; l < depth; l += kTileDepth) {
+    for (int64_t l = 0; l == 0 || l < depth; l += kTileDepth) {
       const int64_t count = std::min(kTileDepth, depth - l);
+      const Start<T> before = l == 0 ? start : Start<T>{sums, sum_stride};
       for (int64_t m = 0; m < row_count; m += tile_rows) {
         const auto tile = tile_of<T, RowMajor<T>>(std::min(tile_rows, row_count - m), vectors);
-        tile(count, rows.from(m, l), this->panel(panel) + l * width, width, sums + m * sum_stride, sum_stride);
+        tile(count, rows.from(m, l), this->panel(panel) + l * width, width, before.from(m), sums + m * sum_stride,
+             sum_stride);
       }
     }
   }
 
-  // The same for one tile of packed rows, depth <= kTileDepth.
+  // The same for one tile of packed rows, depth <= kTileDepth, added to sums.
   void multiply(int64_t panel, int64_t depth, int64_t row_count, const Interleaved<T>& rows, T* sums,
                 int64_t sum_stride) const {
     const int64_t vectors = first_vector(panel + 1) - first_vector(panel);
     const auto tile = tile_of<T, Interleaved<T>>(row_count, vectors);
-    tile(depth, rows, this->panel(panel), vectors * kLanes<T>, sums, sum_stride);
+    tile(depth, rows, this->panel(panel), vectors * kLanes<T>, Start<T>{sums, sum_stride}, sums, sum_stride);
   }
 
   // columns[l][j] = row[j]

@@ -155,18 +155,19 @@ class GatePanels {
   int64_t first_column(int64_t block) const { return r_.first_column(block) / (n_ ? 1 : 2); }
   int64_t end_column(int64_t block) const { return r_.end_column(block) / (n_ ? 1 : 2); }
 
-  // sums[m] += rows[m] W^T for the block's columns of r at to_r, of n at to_n, with rows of sums `stride` apart
-  void multiply(int64_t block, int64_t row_count, const RowMajor<A>& rows, A* to_r, A* to_n, int64_t stride) const {
-    r_.multiply(block, depth_, row_count, rows, to_r, stride);
-    if (n_) n_->multiply(block, depth_, row_count, rows, to_n, stride);
+  // sums[m] = start + rows[m] W^T for the block's columns: r's at sums, n's `to_n` behind, and so in start, one row
+  void multiply(int64_t block, int64_t row_count, const RowMajor<A>& rows, const A* start, A* sums, int64_t stride,
+                int64_t to_n) const {
+    r_.multiply(block, depth_, row_count, rows, {start, 0}, sums, stride);
+    if (n_) n_->multiply(block, depth_, row_count, rows, {start + to_n, 0}, sums + to_n, stride);
   }
 
-  // The same of one gate, where they are not together.
-  void multiply_r(int64_t block, int64_t row_count, const RowMajor<A>& rows, A* to, int64_t stride) const {
-    r_.multiply(block, depth_, row_count, rows, to, stride);
+  // sums[m] += rows[m] W^T of one gate, where they are not together.
+  void add_r(int64_t block, int64_t row_count, const RowMajor<A>& rows, A* sums, int64_t stride) const {
+    r_.multiply(block, depth_, row_count, rows, {sums, stride}, sums, stride);
   }
-  void multiply_n(int64_t block, int64_t row_count, const RowMajor<A>& rows, A* to, int64_t stride) const {
-    n_->multiply(block, depth_, row_count, rows, to, stride);
+  void add_n(int64_t block, int64_t row_count, const RowMajor<A>& rows, A* sums, int64_t stride) const {
+    n_->multiply(block, depth_, row_count, rows, {sums, stride}, sums, stride);
   }
 
  private:
@@ -229,18 +230,23 @@ class Forward {
         ih_(in.weight_ih, shape.H, shape.I, kTileVectors),
         hh_(in.weight_hh, shape.H, shape.H, plan_.most_vectors, plan_.sharing,
             plan_.few_rows && shape.reset != Reset::before),
-        bias_(3 * Hp_),
+        bias_(2 * Hp_),
+        recurrent_bias_(2 * Hp_),
         state_{Scratch<A>(shape.B * Hp_), Scratch<A>(shape.B * Hp_)},
         recurrent_(shape.B * 2 * Hp_) {
-    // r has the sum of its biases in a_r, and so has n in a_n; but in "after" b_hn belongs to g
-    std::fill_n(bias_.data(), 3 * Hp_, A(0));
-    const bool after = shape.reset == Reset::after;
-    for (int64_t j = 0; j < shape.H; ++j) {
-      const auto at = [&](const T* bias, int64_t i) { return bias == nullptr ? A(0) : A(load(bias[i])); };
-      bias_.data()[j] = at(in.bias_ih, j) + at(in.bias_hh, j);
-      const A b_hn = at(in.bias_hh, shape.H + j);
-      bias_.data()[Hp_ + j] = at(in.bias_ih, shape.H + j) + (after ? A(0) : b_hn);
-      bias_.data()[2 * Hp_ + j] = b_hn;
+    // r has the sum of its biases in a_r, and so has n in a_n; but in "after" b_hn belongs to what h' gives
+    std::fill_n(bias_.data(), 2 * Hp_, A(0));
+    std::fill_n(recurrent_bias_.data(), 2 * Hp_, A(0));
+    const auto at = [&](const T* bias, int64_t i) { return bias == nullptr ? A(0) : A(load(bias[i])); };
+    for (int64_t j = 0; j < shape.H; ++j) bias_.data()[j] = at(in.bias_ih, j) + at(in.bias_hh, j);
+    for (int64_t block = 0; block < hh_.count(); ++block) {
+      const int64_t first = hh_.first_column(block), end = hh_.end_column(block);
+      for (int64_t j = first; j < std::min(end, shape.H); ++j) {
+        const A b_in = at(in.bias_ih, shape.H + j), b_hn = at(in.bias_hh, shape.H + j);
+        const bool after = shape.reset == Reset::after;
+        bias_.data()[Hp_ + j] = after ? b_in : b_in + b_hn;
+        if (after) recurrent_bias_.data()[end + j] = b_hn;  // at 2 first, behind r's end - first columns
+      }
     }
     // a sequence that has not begun has h0 in both: steps read one and write the other
     for (int64_t b = 0; b < shape.B; ++b) {
@@ -305,13 +311,12 @@ class Forward {
           const T* from = f.in_.input.row(t, b);
           A* to = x.data() + (row - first) * I;
           for (int64_t i = 0; i < I; ++i) to[i] = load(from[i]);
-          std::copy_n(f.bias_.data(), 2 * Hp, gates.data() + row * 2 * Hp);
         });
         A* sums = gates.data() + first * 2 * Hp;
         const RowMajor<A> rows{x.data(), I};
         for (int64_t block = 0; block < f.ih_.count(); ++block) {
-          A* to = sums + f.ih_.first_column(block);
-          f.ih_.multiply(block, count, rows, to, to + Hp, 2 * Hp);
+          const int64_t j = f.ih_.first_column(block);
+          f.ih_.multiply(block, count, rows, f.bias_.data() + j, sums + j, 2 * Hp, Hp);
         }
       }
     }
@@ -371,13 +376,8 @@ class Forward {
 
     Recurrent multiply_state(int64_t s, int64_t block, int64_t count) {
       const int64_t Hp = f.Hp_, first = f.hh_.first_column(block), width = f.hh_.end_column(block) - first;
-      const bool after = f.shape_.reset == Reset::after;
       A* rows = f.recurrent_.data() + b_begin * 2 * Hp + 2 * first;
-      for (int64_t b = 0; b < count; ++b) {
-        std::fill_n(rows + b * 2 * Hp, after ? width : 2 * width, A(0));
-        if (after) std::copy_n(f.bias_.data() + 2 * Hp + first, width, rows + b * 2 * Hp + width);
-      }
-      f.hh_.multiply(block, count, h_before(s), rows, rows + width, 2 * Hp);
+      f.hh_.multiply(block, count, h_before(s), f.recurrent_bias_.data() + 2 * first, rows, 2 * Hp, width);
       return {rows - first, width, 2 * Hp};
     }
 
@@ -401,7 +401,7 @@ class Forward {
       A* sums = sums_of(s);
       A* q = rows_of(f.recurrent_);
       const RowMajor<A> h = h_before(s);
-      f.hh_.multiply_r(block, count, h, sums + first, 2 * Hp);
+      f.hh_.add_r(block, count, h, sums + first, 2 * Hp);
       for_vectors(s, block, count, [&](int64_t b, int64_t row, int64_t j, int64_t columns) {
         const Vector<A> r = sigmoid<A>(load_vector(sums + b * 2 * Hp + j));
         save(row, 0, j, columns, r);
@@ -413,7 +413,7 @@ class Forward {
     void before_n(int64_t s, int64_t block, int64_t count) {
       const int64_t Hp = f.Hp_, first = f.hh_.first_column(block);
       A* sums = sums_of(s) + Hp;
-      f.hh_.multiply_n(block, count, RowMajor<A>{rows_of(f.recurrent_), Hp}, sums + first, 2 * Hp);
+      f.hh_.add_n(block, count, RowMajor<A>{rows_of(f.recurrent_), Hp}, sums + first, 2 * Hp);
       for_vectors(s, block, count, [&](int64_t b, int64_t row, int64_t j, int64_t columns) {
         keep(s, b, row, j, columns, tanh<A>(load_vector(sums + b * 2 * Hp + j)));
       });
@@ -441,9 +441,10 @@ class Forward {
   const Plan plan_;
   const int64_t Hp_;  // H filled up to whole vectors
   GatePanels<A> ih_, hh_;
-  Scratch<A> bias_;       // (3 Hp): of a_r, of a_n, of g
-  Scratch<A> state_[2];   // (B, Hp) each: h' and h, by turns
-  Scratch<A> recurrent_;  // (B, 2 Hp): what h' gives to both gates, block by block; in "before" q (B, Hp)
+  Scratch<A> bias_;            // (2 Hp): of a_r and a_n
+  Scratch<A> recurrent_bias_;  // (2 Hp): what the rows of recurrent_ begin from
+  Scratch<A> state_[2];        // (B, Hp) each: h' and h, by turns
+  Scratch<A> recurrent_;       // (B, 2 Hp): what h' gives to both gates, block by block; in "before" q (B, Hp)
 };
 
 // ---- kernels: backward -------------------------------------------------------------------------------
@@ -551,20 +552,14 @@ class Backward {
     // dh = W_hr^T u_r + W_hn^T u_h of step s; in "before" W_hr^T u_r + dq r, the latter having been kept
     void pass_on(int64_t s, int64_t block, int64_t b_begin, int64_t b_end) {
       if (b_begin >= b_end) return;
-      const int64_t H = f.shape_.H, Hp = f.Hp_, first = f.hh_.r.first_column(block), end = f.hh_.r.end_column(block);
-      const bool before = f.shape_.reset == Reset::before;
-      for (int64_t b = b_begin; b < b_end; ++b) {
-        A* dh = f.dh_.data() + b * Hp;
-        if (before) {
-          std::copy(f.direct_.data() + b * Hp + first, f.direct_.data() + b * Hp + end, dh + first);
-        } else {
-          std::fill(dh + first, dh + end, A(0));
-        }
-      }
-      A* sums = f.dh_.data() + b_begin * Hp + first;
+      const int64_t H = f.shape_.H, Hp = f.Hp_, first = f.hh_.r.first_column(block);
+      A* dh = f.dh_.data() + b_begin * Hp + first;
       const RowMajor<A> rows{u_of(s, b_begin), f.width_};
-      f.hh_.r.multiply(block, H, b_end - b_begin, rows, sums, Hp);
-      if (!before) f.hh_.n.multiply(block, H, b_end - b_begin, rows.from(0, f.h_part()), sums, Hp);
+      if (f.shape_.reset == Reset::before) {
+        return f.hh_.r.multiply(block, H, b_end - b_begin, rows, {f.direct_.data() + b_begin * Hp + first, Hp}, dh, Hp);
+      }
+      f.hh_.r.multiply(block, H, b_end - b_begin, rows, {}, dh, Hp);
+      f.hh_.n.multiply(block, H, b_end - b_begin, rows.from(0, f.h_part()), {dh, Hp}, dh, Hp);
     }
 
     // One vector of columns of one row, as the backward needs it.
@@ -614,12 +609,9 @@ class Backward {
 
     // dq = W_hn^T u_n
     void before_r(int64_t s, int64_t block, int64_t b_begin, int64_t b_end) {
-      const int64_t Hp = f.Hp_, first = f.hh_.n.first_column(block), end = f.hh_.n.end_column(block);
-      for (int64_t b = b_begin; b < b_end; ++b) {
-        std::fill(f.direct_.data() + b * Hp + first, f.direct_.data() + b * Hp + end, A(0));
-      }
+      const int64_t Hp = f.Hp_, first = f.hh_.n.first_column(block);
       const RowMajor<A> rows{u_of(s, b_begin) + f.n_part(), f.width_};
-      f.hh_.n.multiply(block, f.shape_.H, b_end - b_begin, rows, f.direct_.data() + b_begin * Hp + first, Hp);
+      f.hh_.n.multiply(block, f.shape_.H, b_end - b_begin, rows, {}, f.direct_.data() + b_begin * Hp + first, Hp);
       for_vectors(s, block, b_begin, b_end, [&](const At& at, A* to) {
         A* direct = f.direct_.data() + at.b * Hp + at.j;
         const Vector<A> r = at.gate(0), dq = load_vector(direct);
@@ -643,12 +635,11 @@ class Backward {
         Scratch<A> sums(kBlockRows * Ip);
         for (int64_t first = begin; first < end; first += kBlockRows) {
           const int64_t count = std::min(kBlockRows, end - first);
-          std::fill_n(sums.data(), count * Ip, A(0));
           const RowMajor<A> rows{u.data() + first * f.width_, f.width_};
           for (int64_t p = 0; p < f.ih_->r.count(); ++p) {
             A* to = sums.data() + f.ih_->r.first_column(p);
-            f.ih_->r.multiply(p, H, count, rows, to, Ip);
-            f.ih_->n.multiply(p, H, count, rows.from(0, f.n_part()), to, Ip);
+            f.ih_->r.multiply(p, H, count, rows, {}, to, Ip);
+            f.ih_->n.multiply(p, H, count, rows.from(0, f.n_part()), {to, Ip}, to, Ip);
           }
           chunk.for_rows(first, first + count, [&](int64_t row, int64_t t, int64_t b) {
             T* to = f.wanted_.input + (f.shape_.first[t] + b) * I;
