@@ -257,29 +257,17 @@ class Forward {
   }
 
   void run() {
-    const int64_t length = steps_of_chunk(shape_, 2 * Hp_);
-    if (plan_.by_columns) {
+    const bool one_slice = plan_.slices.size() == 2;
+    for_slices(plan_.slices, [&](int64_t b_begin, int64_t b_end) {
+      const int64_t length = steps_of_chunk(shape_, 2 * Hp_);
       for (int64_t s = 0; s < shape_.T; s += length) {
-        Part part(*this, s, std::min(shape_.T, s + length), 0, shape_.B);
-        parallel_for(part.chunk.rows(), std::max(kBlockRows / 4, grain_of(2 * shape_.I * shape_.H)),
+        Part part(*this, s, std::min(shape_.T, s + length), b_begin, b_end);
+        const int64_t grain = std::max(kBlockRows / 4, grain_of(2 * shape_.I * shape_.H));
+        parallel_for(part.chunk.rows(), one_slice ? grain : part.chunk.rows(),
                      [&](int64_t begin, int64_t end) { part.multiply_input(begin, end); });
-        const int64_t phases = this->phases();
-        in_lockstep((part.chunk.end - s) * phases, hh_.count(),
-                    [&](int64_t i, int64_t block) { part.step(s + i / phases, int(i % phases), block); });
+        part.walk();
       }
-    } else {
-      for_slices(plan_.slices, [&](int64_t b_begin, int64_t b_end) {
-        for (int64_t s = 0; s < shape_.T; s += length) {
-          Part part(*this, s, std::min(shape_.T, s + length), b_begin, b_end);
-          part.multiply_input(0, part.chunk.rows());
-          for (int64_t now = s; now < part.chunk.end; ++now) {
-            for (int phase = 0; phase < phases(); ++phase) {
-              for (int64_t block = 0; block < hh_.count(); ++block) part.step(now, phase, block);
-            }
-          }
-        }
-      });
-    }
+    });
     for (int64_t b = 0; b < shape_.B; ++b) {
       const int64_t row = shape_.last_row(b);
       std::copy_n(row < 0 ? in_.h0 + b * shape_.H : result_.output + row * shape_.H, shape_.H,
@@ -318,6 +306,16 @@ class Forward {
           const int64_t j = f.ih_.first_column(block);
           f.ih_.multiply(block, count, rows, f.bias_.data() + j, sums + j, 2 * Hp, Hp);
         }
+      }
+    }
+
+    // All steps, together where the plan is by columns.
+    void walk() {
+      const int64_t phases = f.phases(), blocks = f.hh_.count(), turns = (chunk.end - chunk.begin) * phases;
+      const auto turn = [&](int64_t i, int64_t block) { step(chunk.begin + i / phases, int(i % phases), block); };
+      if (f.plan_.by_columns) return in_lockstep(turns, blocks, turn);
+      for (int64_t i = 0; i < turns; ++i) {
+        for (int64_t block = 0; block < blocks; ++block) turn(i, block);
       }
     }
 
