@@ -66,16 +66,36 @@ inline void sum_tile(int64_t depth, const Rows& rows, const T* columns, int64_t 
   }
 }
 
-// One tile of ROWS rows by VECTORS vectors, added to sums (ROWS, sum_stride).
+// Vector by vector: an initialiser becomes a loop over memory, and with it the tile would live there.
+template <int ROWS, int VECTORS, class V>
+inline void clear_tile(V (&tile)[ROWS][VECTORS]) {
+#pragma GCC unroll 8
+  for (int m = 0; m < ROWS; ++m) {
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; ++v) tile[m][v] = V{};
+  }
+}
+
+// What sums begin from: rows `stride` apart, often the sums themselves, or one row for all where the stride is 0; zeros
+// without rows.
+template <class T>
+struct Start {
+  const T* rows = nullptr;
+  int64_t stride = 0;
+  Start from(int64_t m) const { return {rows == nullptr ? nullptr : rows + m * stride, stride}; }
+};
+
+// One tile of ROWS rows by VECTORS vectors, written to sums (ROWS, sum_stride).
 template <int ROWS, int VECTORS, class T, class Rows>
-void multiply_tile(int64_t depth, const Rows& rows, const T* columns, int64_t column_stride, T* sums,
-                   int64_t sum_stride) {
-  Vector<T> tile[ROWS][VECTORS] = {};
+void multiply_tile(int64_t depth, const Rows& rows, const T* columns, int64_t column_stride, const Start<T>& start,
+                   T* sums, int64_t sum_stride) {
+  Vector<T> tile[ROWS][VECTORS];
+  clear_tile(tile);
   sum_tile(depth, rows, columns, column_stride, tile);
   for (int m = 0; m < ROWS; ++m) {
     for (int v = 0; v < VECTORS; ++v) {
-      T* sum = sums + m * sum_stride + v * kLanes<T>;
-      store_vector(sum, load_vector(sum) + tile[m][v]);
+      if (start.rows != nullptr) tile[m][v] += load_vector(start.rows + m * start.stride + v * kLanes<T>);
+      store_vector(sums + m * sum_stride + v * kLanes<T>, tile[m][v]);
     }
   }
 }
@@ -85,7 +105,8 @@ void multiply_tile(int64_t depth, const Rows& rows, const T* columns, int64_t co
 template <int ROWS, int VECTORS, class T>
 void multiply_scattered_tile(int64_t depth, const Indirect<T>& rows, const T* columns, int64_t column_stride,
                              const T* start, T* const* sums) {
-  Vector<T> tile[ROWS][VECTORS] = {};
+  Vector<T> tile[ROWS][VECTORS];
+  clear_tile(tile);
   sum_tile(depth, rows, columns, column_stride, tile);
   for (int m = 0; m < ROWS; ++m) {
     for (int v = 0; v < VECTORS; ++v) {
@@ -99,8 +120,8 @@ void multiply_scattered_tile(int64_t depth, const Indirect<T>& rows, const T* co
 // ---- tiles of any size ---------------------------------------------------------------------------
 
 template <class T, class Rows>
-using Tile = void (*)(int64_t depth, const Rows& rows, const T* columns, int64_t column_stride, T* sums,
-                      int64_t sum_stride);
+using Tile = void (*)(int64_t depth, const Rows& rows, const T* columns, int64_t column_stride, const Start<T>& start,
+                      T* sums, int64_t sum_stride);
 
 template <int VECTORS, class T, class Rows, int... ROW>
 Tile<T, Rows> tile_of(int64_t row_count, std::integer_sequence<int, ROW...>) {
@@ -147,11 +168,11 @@ ScatteredTile<T> scattered_tile(int64_t row_count, int64_t vectors) {
 template <class T>
 class Panels {
  public:
-  Panels(int64_t depth, int64_t columns, int most_vectors, int64_t threads = 1)
+  Panels(int64_t depth, int64_t columns, int most_vectors, int64_t threads = 1, int64_t count = 0)
       : depth_(depth),
         columns_(columns),
         vectors_(ceil_div(columns, kLanes<T>)),
-        count_(std::min(vectors_, ceil_div(ceil_div(vectors_, most_vectors), threads) * threads)),
+        count_(count > 0 ? count : std::min(vectors_, ceil_div(ceil_div(vectors_, most_vectors), threads) * threads)),
         few_(most_vectors > kTileVectors),
         data_(depth * vectors_ * kLanes<T>) {}
 
@@ -159,27 +180,29 @@ class Panels {
   int64_t first_column(int64_t panel) const { return first_vector(panel) * kLanes<T>; }
   int64_t end_column(int64_t panel) const { return first_vector(panel + 1) * kLanes<T>; }  // past the padding, too
 
-  // sums[m][j] += sum over l < depth of rows[m][l] * columns[l][j] for the panel's columns j
-  //   rows (row_count, depth), sums (row_count, sum_stride), the panel's first column first
-  void multiply(int64_t panel, int64_t depth, int64_t row_count, const RowMajor<T>& rows, T* sums,
-                int64_t sum_stride) const {
+  // sums[m][j] = start[m][j] + sum over l < depth of rows[m][l] * columns[l][j] for the panel's columns j
+  //   rows (row_count, depth), start and sums (row_count, sum_stride), the panel's first column first
+  void multiply(int64_t panel, int64_t depth, int64_t row_count, const RowMajor<T>& rows, const Start<T>& start,
+                T* sums, int64_t sum_stride) const {
     const int64_t vectors = first_vector(panel + 1) - first_vector(panel), width = vectors * kLanes<T>;
     const int64_t tile_rows = few_ ? kFewRows : kTileRows;
-    for (int64_t l = 0; l < depth; l += kTileDepth) {
+    for (int64_t l = 0; l == 0 || l < depth; l += kTileDepth) {
       const int64_t count = std::min(kTileDepth, depth - l);
+      const Start<T> before = l == 0 ? start : Start<T>{sums, sum_stride};
       for (int64_t m = 0; m < row_count; m += tile_rows) {
         const auto tile = tile_of<T, RowMajor<T>>(std::min(tile_rows, row_count - m), vectors);
-        tile(count, rows.from(m, l), this->panel(panel) + l * width, width, sums + m * sum_stride, sum_stride);
+        tile(count, rows.from(m, l), this->panel(panel) + l * width, width, before.from(m), sums + m * sum_stride,
+             sum_stride);
       }
     }
   }
 
-  // The same for one tile of packed rows, depth <= kTileDepth.
+  // The same for one tile of packed rows, depth <= kTileDepth, added to sums.
   void multiply(int64_t panel, int64_t depth, int64_t row_count, const Interleaved<T>& rows, T* sums,
                 int64_t sum_stride) const {
     const int64_t vectors = first_vector(panel + 1) - first_vector(panel);
     const auto tile = tile_of<T, Interleaved<T>>(row_count, vectors);
-    tile(depth, rows, this->panel(panel), vectors * kLanes<T>, sums, sum_stride);
+    tile(depth, rows, this->panel(panel), vectors * kLanes<T>, Start<T>{sums, sum_stride}, sums, sum_stride);
   }
 
   // columns[l][j] = row[j]
@@ -193,28 +216,46 @@ class Panels {
     }
   }
 
-  // columns[l][j] = matrix[j][l] for the panel; matrix (columns, depth), rows `stride` apart, of a storage type
+  // columns[l][first + j] = matrix[j][l] for columns [first, first + count) of the panel, zeros behind them up to a
+  // whole vector; first is a multiple of kLanes, matrix (count, depth), rows `stride` apart, of a storage type
   template <class S>
-  void pack_transposed(int64_t p, const S* matrix, int64_t stride) {
+  void pack_transposed(int64_t p, int64_t first, int64_t count, const S* matrix, int64_t stride) {
     constexpr int L = kLanes<T>;
-    const int64_t first = first_column(p), width = end_column(p) - first;
-    for (int64_t l = 0; l < depth_; l += L) {
-      const int64_t depth = std::min<int64_t>(L, depth_ - l);
-      for (int64_t j = 0; j < width; j += L) {
-        Vector<T> block[L];
-        for (int i = 0; i < L; ++i) {
-          const bool inside = first + j + i < columns_;
-          const S* row = matrix + (first + j + i) * stride + l;
-          block[i] = inside ? load_as<T>(row, depth) : Vector<T>{};
-          __builtin_prefetch(row + 2 * L);  // so many rows at once are more than the processor foresees
-        }
-        transpose<T>(block);
-        for (int i = 0; i < depth; ++i) store_vector(panel(p) + (l + i) * width + j, block[i]);
+    const int64_t width = end_column(p) - first_column(p);
+    for (int64_t j = 0; j < count; j += L) {
+      const S* rows = matrix + j * stride;
+      T* to = panel(p) + first + j;
+      const int64_t whole = count - j >= L ? depth_ / L * L : 0;
+      for (int64_t l = 0; l < whole; l += L) pack_block(rows + l, stride, to + l * width, width);
+      for (int64_t l = whole; l < depth_; l += L) {
+        pack_part_of_block(rows + l, stride, count - j, depth_ - l, to + l * width, width);
       }
     }
   }
 
  private:
+  // A block of L rows and columns of the matrix, transposed.
+  template <class S>
+  static void pack_block(const S* rows, int64_t stride, T* to, int64_t width) {
+    constexpr int L = kLanes<T>;
+    Vector<T> block[L];
+    for (int i = 0; i < L; ++i) block[i] = load_as<T>(rows + i * stride);
+    transpose<T>(block);
+    for (int i = 0; i < L; ++i) store_vector(to + i * width, block[i]);
+  }
+
+  // The same where it ends after `row_count` rows or `depth` columns; missing rows are zeros, missing columns left out.
+  template <class S>
+  [[gnu::noinline]] static void pack_part_of_block(const S* rows, int64_t stride, int64_t row_count, int64_t depth,
+                                                   T* to, int64_t width) {
+    constexpr int L = kLanes<T>;
+    depth = std::min<int64_t>(L, depth);
+    Vector<T> block[L] = {};
+    for (int i = 0; i < std::min<int64_t>(L, row_count); ++i) block[i] = load_as<T>(rows + i * stride, depth);
+    transpose<T>(block);
+    for (int i = 0; i < depth; ++i) store_vector(to + i * width, block[i]);
+  }
+
   int64_t first_vector(int64_t panel) const { return vectors_ * panel / count_; }
   T* panel(int64_t panel) { return data_.data() + first_column(panel) * depth_; }
   const T* panel(int64_t panel) const { return data_.data() + first_column(panel) * depth_; }

@@ -222,14 +222,21 @@ def reset_gate_rnn(
     for i, x in enumerate(tensors):
         if not isinstance(x, Tensor) and (x is not None or i < _REQUIRED):
             raise TypeError(f"reset_gate_rnn: {_TENSORS[i]} must be a tensor, got {type(x).__name__}")
+    return _over_time(tensors[:6], reset, batch_sizes, reverse)
+
+
+def _over_time(tensors, reset, batch_sizes, reverse):
+    """reset_gate_rnn of input, h0, weight_ih, weight_hh, bias_ih and bias_hh, each a tensor or None where it may be."""
     run = _BACKENDS[current_backend()]
-    cast_tensors = cast(tensors[:6], autocast_dtype(input.device.type))
+    dtype = autocast_dtype(tensors[0].device.type)
+    if dtype is not None:
+        tensors = cast(tensors, dtype)
     if torch.compiler.is_compiling():
-        return run(*cast_tensors, reset, batch_sizes, reverse)
+        return run(*tensors, reset, batch_sizes, reverse)
     try:
-        return run(*cast_tensors, reset, batch_sizes, reverse)
+        return run(*tensors, reset, batch_sizes, reverse)
     except RuntimeError as error:
-        problem = explain(error, "reset_gate_rnn", tensors, lambda: None)
+        problem = explain(error, "reset_gate_rnn", (*tensors, batch_sizes), lambda: None)
     raise problem from None
 
 
@@ -408,8 +415,8 @@ class ResetGateRNN(nn.RNNBase):
             outputs = []
             for reverse in (False, True) if self.bidirectional else (False,):
                 h0 = zeros if hx is None else hx[len(h_n)]
-                w_ih, w_hh, b_ih, b_hh = self._parameters_of(len(h_n))
-                output, last = reset_gate_rnn(input, h0, w_ih, w_hh, b_ih, b_hh, self.reset, batch_sizes, reverse)
+                tensors = (input, h0, *self._parameters_of(len(h_n)))
+                output, last = _over_time(tensors, self.reset, batch_sizes, reverse)
                 outputs.append(output)
                 h_n.append(last)
             input = torch.cat(outputs, -1) if self.bidirectional else outputs[0]

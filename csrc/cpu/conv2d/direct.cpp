@@ -335,41 +335,89 @@ void Direct::grad_weight(const Conv2dShape& shape, Strided4d<const T> grad, Stri
   });
 }
 
+// sum over x of row[x*stride]: in vectors where the pixels lie side by side
+template <class T>
+Accumulate<T> sum_of_run(const T* row, int64_t stride, int64_t count) {
+  using A = Accumulate<T>;
+  constexpr int64_t L = kLanes<A>;
+  A sum = 0;
+  if (stride == 1) {
+    Vector<A> sums[2] = {};  // two chains of additions run beside each other
+    int64_t x = 0;
+    for (; x + 2 * L <= count; x += 2 * L) {
+      sums[0] += load_as<A>(row + x);
+      sums[1] += load_as<A>(row + x + L);
+    }
+    for (; x < count; x += L) sums[0] += load_as<A>(row + x, std::min(L, count - x));
+    sum = sum_of_lanes<A>(sums[0] + sums[1]);
+  } else {
+    for (int64_t x = 0; x < count; ++x) sum += load(row[x * stride]);
+  }
+  return sum;
+}
+
+// sums[k] += sum over x of row[x*stride + k] for k < count <= a vector's lanes, x < pixels
+template <class T>
+void add_channels(const T* row, int64_t stride, int64_t pixels, int64_t count, double* sums) {
+  using A = Accumulate<T>;
+  Vector<A> sum[2] = {};
+  int64_t x = 0;
+  for (; x + 2 <= pixels; x += 2) {
+    sum[0] += load_as<A>(row + x * stride, count);
+    sum[1] += load_as<A>(row + (x + 1) * stride, count);
+  }
+  if (x < pixels) sum[0] += load_as<A>(row + x * stride, count);
+  sum[0] += sum[1];
+  for (int64_t k = 0; k < count; ++k) sums[k] += sum[0][k];
+}
+
+// sums[k] += sum over p, q of grad[n, first + k, p, q] for k < count <= a vector's lanes. Short sums are made in
+// Accumulate<T>, and added in double.
+template <class T>
+void add_image(const Conv2dShape& shape, const Strided4d<const T>& grad, int64_t n, int64_t first, int64_t count,
+               double* sums) {
+  constexpr int64_t kRun = 1024, kPixelsRun = 64;  // pixels of a short sum: 32 or so for each lane of its vectors
+  const bool rows_join = grad.stride_h == shape.Q * grad.stride_w;
+  const bool channels_last = grad.stride_c == 1 && shape.K > 1;
+  const int64_t rows = rows_join ? 1 : shape.P, length = rows_join ? shape.P * shape.Q : shape.Q;
+  const int64_t run = channels_last ? kPixelsRun : kRun;
+  for (int64_t p = 0; p < rows; ++p) {
+    for (int64_t q = 0; q < length; q += run) {
+      const T* row = &grad.at(n, first, p, 0) + q * grad.stride_w;
+      const int64_t pixels = std::min(run, length - q);
+      if (channels_last) {
+        add_channels(row, grad.stride_w, pixels, count, sums);
+      } else {
+        for (int64_t k = 0; k < count; ++k) sums[k] += sum_of_run(row + k * grad.stride_c, grad.stride_w, pixels);
+      }
+    }
+  }
+}
+
+// Tasks own some channels, and one of `chunks` stretches of images where there would be too few tasks otherwise; the
+// chunks' sums are then added in order.
 template <class T>
 void conv2d_grad_bias(const Conv2dShape& shape, Strided4d<const T> grad, T* grad_bias) {
-  constexpr int64_t kChannels = 16;  // of a task: one cache line of float in channels_last
-  const int64_t pixels = shape.N * shape.P * shape.Q;
-  parallel_for(ceil_div(shape.K, kChannels), grain_of(pixels * kChannels), [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t first = block * kChannels, count = std::min(kChannels, shape.K - first);
-      double sums[kChannels] = {};
-      for (int64_t n = 0; n < shape.N; ++n) {
-        for (int64_t p = 0; p < shape.P; ++p) {
-          // sums[k] += sum over q of grad[n, k, p, q]; the inner loop is the one that runs along memory
-          const T* row = &grad.at(n, first, p, 0);
-          if (grad.stride_c < grad.stride_w) {
-            for (int64_t q = 0; q < shape.Q; ++q) {
-              for (int64_t k = 0; k < count; ++k) sums[k] += load(row[q * grad.stride_w + k * grad.stride_c]);
-            }
-          } else {
-            for (int64_t k = 0; k < count; ++k) {
-              constexpr int64_t kParallelSums = 16;  // independent, so that they fill a vector
-              Accumulate<T> lanes[kParallelSums] = {};
-              int64_t q = 0;
-              for (; q + kParallelSums <= shape.Q; q += kParallelSums) {
-                for (int64_t x = 0; x < kParallelSums; ++x) {
-                  lanes[x] += load(row[k * grad.stride_c + (q + x) * grad.stride_w]);
-                }
-              }
-              for (; q < shape.Q; ++q) lanes[0] += load(row[k * grad.stride_c + q * grad.stride_w]);
-              for (int64_t x = 0; x < kParallelSums; ++x) sums[k] += lanes[x];
-            }
-          }
-        }
+  constexpr int64_t kChannels = kLanes<Accumulate<T>>, kTaskPixels = 1 << 14;  // numbers that a thread adds in 2 us
+  const int64_t K = shape.K, blocks = ceil_div(K, kChannels);
+  const Pieces images(shape.N, ceil_div(shape.N, ceil_div(kEnoughTasks, std::max<int64_t>(1, blocks))));
+  const int64_t chunks = std::max<int64_t>(1, images.count);
+  std::vector<double> sums(K * chunks);
+  const int64_t task_pixels = images.most() * shape.P * shape.Q * kChannels;
+  parallel_for(blocks * images.count, 1 + kTaskPixels / (task_pixels + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task / images.count * kChannels, chunk = task % images.count;
+      double* to = sums.data() + chunk * K + first;
+      for (int64_t n = images.begin(chunk); n < images.begin(chunk + 1); ++n) {
+        add_image(shape, grad, n, first, std::min(kChannels, K - first), to);
       }
-      for (int64_t k = 0; k < count; ++k) grad_bias[first + k] = store<T>(Accumulate<T>(sums[k]));
     }
   });
+  for (int64_t k = 0; k < K; ++k) {
+    double sum = sums[k];
+    for (int64_t chunk = 1; chunk < chunks; ++chunk) sum += sums[chunk * K + k];
+    grad_bias[k] = store<T>(Accumulate<T>(sum));
+  }
 }
 
 #define DLKERNELS_INSTANTIATE(T)                                                                                  \

@@ -19,11 +19,6 @@
 namespace dlkernels {
 namespace {
 
-// ---- tuning constants ----------------------------------------------------------------------------
-
-template <class T>
-constexpr int64_t kPanelPixels = kPanelVectors * kLanes<T>;
-
 // ---- kernels -------------------------------------------------------------------------------------
 
 // T grid of N x P x Q pixels in memory, `step` apart: pixel x of the flattened grid is (n, p, q).
@@ -49,27 +44,26 @@ struct Pixels {
   int64_t stride_w() const { return step_w * image.stride_w; }
 };
 
-// columns[d][lane] = pixel x + lane of channel d, 0 for the lanes from `count` on; columns (D, kPanelPixels)
+// columns[d][lane] = pixel panel.first + lane of channel d, 0 for the padding; columns (D, panel.width)
 template <class T>
-void pack_pixels(const Pixels<const T>& pixels, int64_t channel, int64_t D, int64_t x, int64_t count, T* columns) {
-  constexpr int64_t kWidth = kPanelPixels<T>;
-  if (count < kWidth) std::fill_n(columns, D * kWidth, T(0));
+void pack_pixels(const Pixels<const T>& pixels, int64_t channel, int64_t D, const Panel& panel, T* columns) {
+  if (panel.count < panel.width) std::fill_n(columns, D * panel.width, T(0));
   if (D == 0) return;  // there is no memory to point into
-  pixels.for_each_run(x, count, [&](const T* first, int64_t lane, int64_t length) {
+  pixels.for_each_run(panel.first, panel.count, [&](const T* first, int64_t lane, int64_t length) {
     for (int64_t d = 0; d < D; ++d) {
       copy_pixels(first + (channel + d) * pixels.image.stride_c, pixels.stride_w(), 1, length, 1,
-                  columns + d * kWidth + lane, 1);
+                  columns + d * panel.width + lane, 1);
     }
   });
 }
 
-// pixel x + lane of channel m = sums[m][lane]; sums (M, kPanelPixels)
+// pixel panel.first + lane of channel m = sums[m][lane]; sums (M, panel.width)
 template <class T>
-void unpack_pixels(const T* sums, int64_t channel, int64_t M, int64_t x, int64_t count, const Pixels<T>& pixels) {
+void unpack_pixels(const T* sums, int64_t channel, int64_t M, const Panel& panel, const Pixels<T>& pixels) {
   const int64_t stride = pixels.stride_w();
-  pixels.for_each_run(x, count, [&](T* first, int64_t lane, int64_t length) {
+  pixels.for_each_run(panel.first, panel.count, [&](T* first, int64_t lane, int64_t length) {
     for (int64_t m = 0; m < M; ++m) {
-      const T* from = sums + m * kPanelPixels<T> + lane;
+      const T* from = sums + m * panel.width + lane;
       T* to = first + (channel + m) * pixels.image.stride_c;
       if (stride == 1) {
         copy_run(from, length, to);
@@ -88,16 +82,16 @@ struct Matrix {
 };
 
 // Where the sums of a panel are made, rows[m]: in the target where all its pixels lie there side by side (true), else
-// in `sums` (M, kPanelPixels).
+// in `sums` (M, panel.width).
 template <class T>
-bool rows_of_sums(const Pixels<T>& target, int64_t channel, int64_t x, int64_t count, T* sums, std::vector<T*>& rows) {
+bool rows_of_sums(const Pixels<T>& target, int64_t channel, const Panel& panel, T* sums, std::vector<T*>& rows) {
   bool in_place = false;
-  target.for_each_run(x, count, [&](T* first, int64_t, int64_t length) {
-    in_place = length == kPanelPixels<T> && target.stride_w() == 1;
+  target.for_each_run(panel.first, panel.count, [&](T* first, int64_t, int64_t length) {
+    in_place = length == panel.width && target.stride_w() == 1;
     for (size_t m = 0; m < rows.size(); ++m) rows[m] = first + (channel + int64_t(m)) * target.image.stride_c;
   });
   if (in_place) return true;
-  for (size_t m = 0; m < rows.size(); ++m) rows[m] = sums + int64_t(m) * kPanelPixels<T>;
+  for (size_t m = 0; m < rows.size(); ++m) rows[m] = sums + int64_t(m) * panel.width;
   return false;
 }
 
@@ -108,37 +102,38 @@ template <class T>
 void multiply_pixels(int64_t pixels, int64_t G, int64_t M, int64_t D, const Pixels<const T>& source,
                      const Matrix<T>& matrix, const T* bias, int64_t bias_stride, const Pixels<T>& target) {
   if (pixels == 0 || M == 0) return;
-  constexpr int64_t kWidth = kPanelPixels<T>;
   std::vector<std::vector<int64_t>> depth;
   const Pieces cuts(D, kBlockTerms);
   for (int64_t b = 0; b < cuts.count; ++b) {
     depth.emplace_back();
     for (int64_t d = cuts.begin(b); d < cuts.begin(b + 1); ++d) depth.back().push_back(d * matrix.stride_d);
   }
-  const int64_t panels = ceil_div(pixels, kWidth);
-  const Pieces splits(M, ceil_div(M, ceil_div(kEnoughTasks, G * panels)));
-  parallel_for(G * panels * splits.count, grain_of(splits.most() * D * kWidth), [&](int64_t begin, int64_t end) {
-    Scratch<T> columns(D * kWidth), sums(splits.most() * kWidth);
+  const PanelCuts<T> panels(pixels);
+  const int64_t most_width = std::min<int64_t>(kPanelVectors * kLanes<T>, panels.padded());
+  const Pieces splits(M, ceil_div(M, ceil_div(kEnoughTasks, G * panels.count())));
+  const int64_t products = splits.most() * D * most_width;
+  parallel_for(G * panels.count() * splits.count, grain_of(products), [&](int64_t begin, int64_t end) {
+    Scratch<T> columns(D * most_width), sums(splits.most() * most_width);
     std::vector<int64_t> offsets(splits.most());
     for (int64_t m = 0; m < splits.most(); ++m) offsets[m] = m * matrix.stride_m;
     std::vector<T*> rows;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t split = task % splits.count, g = task / splits.count / panels;
-      const int64_t x = task / splits.count % panels * kWidth, count = std::min(kWidth, pixels - x);
+      const int64_t split = task % splits.count, g = task / splits.count / panels.count();
+      const Panel panel = panels[task / splits.count % panels.count()];
       const int64_t channel = g * M + splits.begin(split), channels = splits.length(split);
-      pack_pixels(source, g * D, D, x, count, columns.data());
+      pack_pixels(source, g * D, D, panel, columns.data());
       rows.resize(channels);
-      const bool in_place = rows_of_sums(target, channel, x, count, sums.data(), rows);
+      const bool in_place = rows_of_sums(target, channel, panel, sums.data(), rows);
       for (int64_t m = 0; m < channels; ++m) {
-        std::fill_n(rows[m], kWidth, bias != nullptr ? bias[(channel + m) * bias_stride] : T(0));
+        std::fill_n(rows[m], panel.width, bias != nullptr ? bias[(channel + m) * bias_stride] : T(0));
       }
       const T* from = matrix.data + g * matrix.stride_g + splits.begin(split) * matrix.stride_m;
       const T* block = columns.data();
       for (size_t b = 0; b < depth.size(); ++b) {
-        multiply<T>(channels, from, offsets.data(), depth[b], block, kWidth, kWidth, nullptr, rows.data());
-        block += cuts.length(b) * kWidth;
+        multiply<T>(channels, from, offsets.data(), depth[b], block, panel.width, panel.width, nullptr, rows.data());
+        block += cuts.length(b) * panel.width;
       }
-      if (!in_place) unpack_pixels(sums.data(), channel, channels, x, count, target);
+      if (!in_place) unpack_pixels(sums.data(), channel, channels, panel, target);
     }
   });
 }

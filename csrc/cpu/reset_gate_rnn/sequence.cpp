@@ -23,6 +23,7 @@ namespace {
 // ---- tuning constants ----------------------------------------------------------------------------
 
 constexpr int64_t kTaskWork = 1 << 17;       // multiply-adds, 2.4 us, below which a second thread does not pay
+constexpr int64_t kMoveWork = 16;            // multiply-adds in the time in which a number is moved
 constexpr int64_t kStepWork = 1 << 16;       // multiply-adds of a step, below which threads that share it do not pay
 constexpr int64_t kCacheBytes = 1 << 20;     // of weights that stay in a core's cache from step to step
 constexpr int64_t kLeastSlice = 2;           // sequences of a slice: a weight must serve two once it is loaded
@@ -75,10 +76,14 @@ int64_t steps_of_chunk(const ResetGateRnnShape& shape, int64_t width) {
 
 int64_t grain_of(int64_t work) { return std::max<int64_t>(1, kTaskWork / std::max<int64_t>(1, work)); }
 
+// The same for items of so many numbers that are moved, not multiplied.
+int64_t grain_of_moves(int64_t numbers) { return grain_of(numbers * kMoveWork); }
+
 // How the work of the steps is cut.
 struct Plan {
   bool by_columns;   // else by sequences
   Ints slices;       // where slices of the sequences begin, and B
+  bool few_rows;     // of a slice
   int most_vectors;  // of a panel of recurrent weights
   int64_t sharing;   // threads that share the panels
 
@@ -91,7 +96,8 @@ struct Plan {
     const int64_t grain = std::max(kLeastSlice, grain_of(shape.T * step));
     slices = cut(shape, by_columns ? 1 : std::min(threads, ceil_div(shape.B, grain)));
     const int64_t slice = ceil_div(shape.B, int64_t(slices.size()) - 1);
-    most_vectors = slice <= kFewRows ? kFewRowsVectors : kTileVectors;
+    few_rows = slice <= kFewRows;
+    most_vectors = few_rows ? kFewRowsVectors : kTileVectors;
   }
 
  private:
@@ -126,22 +132,65 @@ void in_lockstep(int64_t steps, int64_t blocks, const Work& work) {
   parallel_for(blocks, 1, [&](int64_t begin, int64_t end) { lockstep.join(begin, end, work); });
 }
 
-// The panels of both gates' weights: of W (2H, depth) its transpose, r's columns and n's.
+// The transpose of both gates' weights W (2H, depth) in panels, for blocks of the H columns: a panel for each gate or,
+// `together`, one for both, in which n's columns follow r's. With few rows that gives every chain of sums others to run
+// beside.
 template <class A>
-struct GatePanels {
-  Panels<A> r, n;
-
+class GatePanels {
+ public:
   template <class T>
-  GatePanels(const T* weight, int64_t H, int64_t depth, int most_vectors, int64_t threads = 1)
-      : r(depth, H, most_vectors, threads), n(depth, H, most_vectors, threads) {
-    parallel_for(2 * r.count(), grain_of(ceil_div(H, std::max<int64_t>(1, r.count())) * depth),
+  GatePanels(const T* weight, int64_t H, int64_t depth, int most_vectors, int64_t threads = 1, bool together = false)
+      : H_(H),
+        depth_(depth),
+        blocks_(count_blocks(H, most_vectors, threads, together)),
+        r_(depth, together ? 2 * padded(H, kLanes<A>) : H, most_vectors, threads, blocks_) {
+    if (!together) n_.emplace(depth, H, most_vectors, threads, blocks_);
+    parallel_for(2 * blocks_, grain_of_moves(ceil_div(H, std::max<int64_t>(1, blocks_)) * depth),
                  [&](int64_t begin, int64_t end) {
-                   for (int64_t i = begin; i < end; ++i) {
-                     const int64_t p = i / 2;
-                     i % 2 == 0 ? r.pack_transposed(p, weight, depth) : n.pack_transposed(p, weight + H * depth, depth);
-                   }
+                   for (int64_t i = begin; i < end; ++i) pack(i / 2, i % 2, weight + i % 2 * H * depth);
                  });
   }
+
+  int64_t count() const { return blocks_; }
+  int64_t first_column(int64_t block) const { return r_.first_column(block) / (n_ ? 1 : 2); }
+  int64_t end_column(int64_t block) const { return r_.end_column(block) / (n_ ? 1 : 2); }
+
+  // sums[m] = start + rows[m] W^T for the block's columns: r's at sums, n's `to_n` behind, and so in start, one row
+  void multiply(int64_t block, int64_t row_count, const RowMajor<A>& rows, const A* start, A* sums, int64_t stride,
+                int64_t to_n) const {
+    r_.multiply(block, depth_, row_count, rows, {start, 0}, sums, stride);
+    if (n_) n_->multiply(block, depth_, row_count, rows, {start + to_n, 0}, sums + to_n, stride);
+  }
+
+  // sums[m] += rows[m] W^T of one gate, where they are not together.
+  void add_r(int64_t block, int64_t row_count, const RowMajor<A>& rows, A* sums, int64_t stride) const {
+    r_.multiply(block, depth_, row_count, rows, {sums, stride}, sums, stride);
+  }
+  void add_n(int64_t block, int64_t row_count, const RowMajor<A>& rows, A* sums, int64_t stride) const {
+    n_->multiply(block, depth_, row_count, rows, {sums, stride}, sums, stride);
+  }
+
+ private:
+  // Together, blocks have the same number of vectors, so that a panel's halves are those of the gates.
+  static int64_t count_blocks(int64_t H, int most_vectors, int64_t threads, bool together) {
+    const int64_t vectors = ceil_div(H, kLanes<A>);
+    if (!together) return std::min(vectors, ceil_div(ceil_div(vectors, most_vectors), threads) * threads);
+    int64_t blocks = ceil_div(2 * vectors, most_vectors);
+    while (blocks < vectors && (vectors % blocks != 0 || blocks % threads != 0)) ++blocks;
+    return std::min(vectors, blocks);
+  }
+
+  template <class T>
+  void pack(int64_t block, int64_t gate, const T* weight) {
+    const int64_t first = first_column(block), width = end_column(block) - first;
+    Panels<A>& panels = gate > 0 && n_ ? *n_ : r_;
+    panels.pack_transposed(block, gate > 0 && !n_ ? width : 0, std::min(width, H_ - first), weight + first * depth_,
+                           depth_);
+  }
+
+  int64_t H_, depth_, blocks_;
+  Panels<A> r_;  // or both gates'
+  std::optional<Panels<A>> n_;
 };
 
 // ... and W as it stands: W (2H, columns), r's rows and n's.
@@ -152,7 +201,7 @@ struct RowPanels {
   template <class T>
   RowPanels(const T* weight, int64_t H, int64_t columns, int most_vectors, int64_t threads = 1)
       : r(H, columns, most_vectors, threads), n(H, columns, most_vectors, threads) {
-    parallel_for(H, grain_of(columns), [&](int64_t begin, int64_t end) {
+    parallel_for(H, grain_of_moves(2 * columns), [&](int64_t begin, int64_t end) {
       Scratch<A> row(columns);
       for (int64_t l = begin; l < end; ++l) {
         for (Panels<A>* panels : {&r, &n}) {
@@ -179,19 +228,25 @@ class Forward {
         plan_(shape, sizeof(A)),
         Hp_(padded(shape.H, L)),
         ih_(in.weight_ih, shape.H, shape.I, kTileVectors),
-        hh_(in.weight_hh, shape.H, shape.H, plan_.most_vectors, plan_.sharing),
-        bias_(3 * Hp_),
+        hh_(in.weight_hh, shape.H, shape.H, plan_.most_vectors, plan_.sharing,
+            plan_.few_rows && shape.reset != Reset::before),
+        bias_(2 * Hp_),
+        recurrent_bias_(2 * Hp_),
         state_{Scratch<A>(shape.B * Hp_), Scratch<A>(shape.B * Hp_)},
-        other_(shape.reset == Reset::output ? 0 : shape.B * Hp_) {
-    // r has the sum of its biases in a_r, and so has n in a_n; but in "after" b_hn belongs to g
-    std::fill_n(bias_.data(), 3 * Hp_, A(0));
-    const bool after = shape.reset == Reset::after;
-    for (int64_t j = 0; j < shape.H; ++j) {
-      const auto at = [&](const T* bias, int64_t i) { return bias == nullptr ? A(0) : A(load(bias[i])); };
-      bias_.data()[j] = at(in.bias_ih, j) + at(in.bias_hh, j);
-      const A b_hn = at(in.bias_hh, shape.H + j);
-      bias_.data()[Hp_ + j] = at(in.bias_ih, shape.H + j) + (after ? A(0) : b_hn);
-      bias_.data()[2 * Hp_ + j] = b_hn;
+        recurrent_(shape.B * 2 * Hp_) {
+    // r has the sum of its biases in a_r, and so has n in a_n; but in "after" b_hn belongs to what h' gives
+    std::fill_n(bias_.data(), 2 * Hp_, A(0));
+    std::fill_n(recurrent_bias_.data(), 2 * Hp_, A(0));
+    const auto at = [&](const T* bias, int64_t i) { return bias == nullptr ? A(0) : A(load(bias[i])); };
+    for (int64_t j = 0; j < shape.H; ++j) bias_.data()[j] = at(in.bias_ih, j) + at(in.bias_hh, j);
+    for (int64_t block = 0; block < hh_.count(); ++block) {
+      const int64_t first = hh_.first_column(block), end = hh_.end_column(block);
+      for (int64_t j = first; j < std::min(end, shape.H); ++j) {
+        const A b_in = at(in.bias_ih, shape.H + j), b_hn = at(in.bias_hh, shape.H + j);
+        const bool after = shape.reset == Reset::after;
+        bias_.data()[Hp_ + j] = after ? b_in : b_in + b_hn;
+        if (after) recurrent_bias_.data()[end + j] = b_hn;  // at 2 first, behind r's end - first columns
+      }
     }
     // a sequence that has not begun has h0 in both: steps read one and write the other
     for (int64_t b = 0; b < shape.B; ++b) {
@@ -202,29 +257,17 @@ class Forward {
   }
 
   void run() {
-    const int64_t length = steps_of_chunk(shape_, 2 * Hp_);
-    if (plan_.by_columns) {
+    const bool one_slice = plan_.slices.size() == 2;
+    for_slices(plan_.slices, [&](int64_t b_begin, int64_t b_end) {
+      const int64_t length = steps_of_chunk(shape_, 2 * Hp_);
       for (int64_t s = 0; s < shape_.T; s += length) {
-        Part part(*this, s, std::min(shape_.T, s + length), 0, shape_.B);
-        parallel_for(part.chunk.rows(), std::max(kBlockRows / 4, grain_of(2 * shape_.I * shape_.H)),
+        Part part(*this, s, std::min(shape_.T, s + length), b_begin, b_end);
+        const int64_t grain = std::max(kBlockRows / 4, grain_of(2 * shape_.I * shape_.H));
+        parallel_for(part.chunk.rows(), one_slice ? grain : part.chunk.rows(),
                      [&](int64_t begin, int64_t end) { part.multiply_input(begin, end); });
-        const int64_t phases = this->phases();
-        in_lockstep((part.chunk.end - s) * phases, hh_.r.count(),
-                    [&](int64_t i, int64_t block) { part.step(s + i / phases, int(i % phases), block); });
+        part.walk();
       }
-    } else {
-      for_slices(plan_.slices, [&](int64_t b_begin, int64_t b_end) {
-        for (int64_t s = 0; s < shape_.T; s += length) {
-          Part part(*this, s, std::min(shape_.T, s + length), b_begin, b_end);
-          part.multiply_input(0, part.chunk.rows());
-          for (int64_t now = s; now < part.chunk.end; ++now) {
-            for (int phase = 0; phase < phases(); ++phase) {
-              for (int64_t block = 0; block < hh_.r.count(); ++block) part.step(now, phase, block);
-            }
-          }
-        }
-      });
-    }
+    });
     for (int64_t b = 0; b < shape_.B; ++b) {
       const int64_t row = shape_.last_row(b);
       std::copy_n(row < 0 ? in_.h0 + b * shape_.H : result_.output + row * shape_.H, shape_.H,
@@ -256,15 +299,23 @@ class Forward {
           const T* from = f.in_.input.row(t, b);
           A* to = x.data() + (row - first) * I;
           for (int64_t i = 0; i < I; ++i) to[i] = load(from[i]);
-          std::copy_n(f.bias_.data(), 2 * Hp, gates.data() + row * 2 * Hp);
         });
         A* sums = gates.data() + first * 2 * Hp;
         const RowMajor<A> rows{x.data(), I};
-        for (int64_t p = 0; p < f.ih_.r.count(); ++p) {
-          const int64_t j = f.ih_.r.first_column(p);
-          f.ih_.r.multiply(p, I, count, rows, sums + j, 2 * Hp);
-          f.ih_.n.multiply(p, I, count, rows, sums + Hp + j, 2 * Hp);
+        for (int64_t block = 0; block < f.ih_.count(); ++block) {
+          const int64_t j = f.ih_.first_column(block);
+          f.ih_.multiply(block, count, rows, f.bias_.data() + j, sums + j, 2 * Hp, Hp);
         }
+      }
+    }
+
+    // All steps, together where the plan is by columns.
+    void walk() {
+      const int64_t phases = f.phases(), blocks = f.hh_.count(), turns = (chunk.end - chunk.begin) * phases;
+      const auto turn = [&](int64_t i, int64_t block) { step(chunk.begin + i / phases, int(i % phases), block); };
+      if (f.plan_.by_columns) return in_lockstep(turns, blocks, turn);
+      for (int64_t i = 0; i < turns; ++i) {
+        for (int64_t block = 0; block < blocks; ++block) turn(i, block);
       }
     }
 
@@ -291,7 +342,7 @@ class Forward {
     void for_vectors(int64_t s, int64_t block, int64_t count, const Work& work) {
       const int64_t H = f.shape_.H, first_row = f.shape_.first[f.shape_.time(s)] + b_begin;
       for (int64_t b = 0; b < count; ++b) {
-        for (int64_t j = f.hh_.r.first_column(block); j < f.hh_.r.end_column(block); j += L) {
+        for (int64_t j = f.hh_.first_column(block); j < f.hh_.end_column(block); j += L) {
           work(b, first_row + b, j, std::min<int64_t>(L, H - j));
         }
       }
@@ -312,32 +363,43 @@ class Forward {
       store_as<A>(f.result_.gates + (row * f.shape_.saved() + gate) * H + j, count, value);
     }
 
+    // What a step adds to a_r and a_n, or in "after" g, of one block: rows [W_hr h' | W_hn h'] of `width` columns each.
+    struct Recurrent {
+      const A* rows;
+      int64_t width, stride;
+
+      Vector<A> r(int64_t b, int64_t j) const { return load_vector(rows + b * stride + j); }
+      Vector<A> n(int64_t b, int64_t j) const { return load_vector(rows + b * stride + width + j); }
+    };
+
+    Recurrent multiply_state(int64_t s, int64_t block, int64_t count) {
+      const int64_t Hp = f.Hp_, first = f.hh_.first_column(block), width = f.hh_.end_column(block) - first;
+      A* rows = f.recurrent_.data() + b_begin * 2 * Hp + 2 * first;
+      f.hh_.multiply(block, count, h_before(s), f.recurrent_bias_.data() + 2 * first, rows, 2 * Hp, width);
+      return {rows - first, width, 2 * Hp};
+    }
+
     // h = tanh(a_n + r * g), g = b_hn + W_hn h'
     void after(int64_t s, int64_t block, int64_t count) {
-      const int64_t Hp = f.Hp_, first = f.hh_.r.first_column(block), end = f.hh_.r.end_column(block);
-      A* sums = sums_of(s);
-      A* g_rows = rows_of(f.other_);
-      for (int64_t b = 0; b < count; ++b) {
-        std::copy(f.bias_.data() + 2 * Hp + first, f.bias_.data() + 2 * Hp + end, g_rows + b * Hp + first);
-      }
-      f.hh_.r.multiply(block, f.shape_.H, count, h_before(s), sums + first, 2 * Hp);
-      f.hh_.n.multiply(block, f.shape_.H, count, h_before(s), g_rows + first, Hp);
+      const int64_t Hp = f.Hp_;
+      const A* sums = sums_of(s);
+      const Recurrent recurrent = multiply_state(s, block, count);
       for_vectors(s, block, count, [&](int64_t b, int64_t row, int64_t j, int64_t columns) {
-        const Vector<A> r = sigmoid<A>(load_vector(sums + b * 2 * Hp + j));
-        const Vector<A> g = load_vector(g_rows + b * Hp + j);
+        const A* a = sums + b * 2 * Hp + j;
+        const Vector<A> r = sigmoid<A>(load_vector(a) + recurrent.r(b, j)), g = recurrent.n(b, j);
         save(row, 0, j, columns, r);
         save(row, 1, j, columns, g);
-        keep(s, b, row, j, columns, tanh<A>(load_vector(sums + b * 2 * Hp + Hp + j) + r * g));
+        keep(s, b, row, j, columns, tanh<A>(load_vector(a + Hp) + r * g));
       });
     }
 
     // q = r * h'
     void before_r(int64_t s, int64_t block, int64_t count) {
-      const int64_t Hp = f.Hp_, first = f.hh_.r.first_column(block);
+      const int64_t Hp = f.Hp_, first = f.hh_.first_column(block);
       A* sums = sums_of(s);
-      A* q = rows_of(f.other_);
+      A* q = rows_of(f.recurrent_);
       const RowMajor<A> h = h_before(s);
-      f.hh_.r.multiply(block, f.shape_.H, count, h, sums + first, 2 * Hp);
+      f.hh_.add_r(block, count, h, sums + first, 2 * Hp);
       for_vectors(s, block, count, [&](int64_t b, int64_t row, int64_t j, int64_t columns) {
         const Vector<A> r = sigmoid<A>(load_vector(sums + b * 2 * Hp + j));
         save(row, 0, j, columns, r);
@@ -347,9 +409,9 @@ class Forward {
 
     // h = tanh(a_n + b_hn + W_hn q)
     void before_n(int64_t s, int64_t block, int64_t count) {
-      const int64_t Hp = f.Hp_, first = f.hh_.n.first_column(block);
+      const int64_t Hp = f.Hp_, first = f.hh_.first_column(block);
       A* sums = sums_of(s) + Hp;
-      f.hh_.n.multiply(block, f.shape_.H, count, RowMajor<A>{rows_of(f.other_), Hp}, sums + first, 2 * Hp);
+      f.hh_.add_n(block, count, RowMajor<A>{rows_of(f.recurrent_), Hp}, sums + first, 2 * Hp);
       for_vectors(s, block, count, [&](int64_t b, int64_t row, int64_t j, int64_t columns) {
         keep(s, b, row, j, columns, tanh<A>(load_vector(sums + b * 2 * Hp + j)));
       });
@@ -357,13 +419,13 @@ class Forward {
 
     // h = r * n, n = tanh(a_n + b_hn + W_hn h')
     void output(int64_t s, int64_t block, int64_t count) {
-      const int64_t Hp = f.Hp_, first = f.hh_.r.first_column(block);
-      A* sums = sums_of(s);
-      f.hh_.r.multiply(block, f.shape_.H, count, h_before(s), sums + first, 2 * Hp);
-      f.hh_.n.multiply(block, f.shape_.H, count, h_before(s), sums + Hp + first, 2 * Hp);
+      const int64_t Hp = f.Hp_;
+      const A* sums = sums_of(s);
+      const Recurrent recurrent = multiply_state(s, block, count);
       for_vectors(s, block, count, [&](int64_t b, int64_t row, int64_t j, int64_t columns) {
-        const Vector<A> r = sigmoid<A>(load_vector(sums + b * 2 * Hp + j));
-        const Vector<A> n = tanh<A>(load_vector(sums + b * 2 * Hp + Hp + j));
+        const A* a = sums + b * 2 * Hp + j;
+        const Vector<A> r = sigmoid<A>(load_vector(a) + recurrent.r(b, j));
+        const Vector<A> n = tanh<A>(load_vector(a + Hp) + recurrent.n(b, j));
         save(row, 0, j, columns, r);
         save(row, 1, j, columns, n);
         keep(s, b, row, j, columns, r * n);
@@ -377,9 +439,10 @@ class Forward {
   const Plan plan_;
   const int64_t Hp_;  // H filled up to whole vectors
   GatePanels<A> ih_, hh_;
-  Scratch<A> bias_;      // (3 Hp): of a_r, of a_n, of g
-  Scratch<A> state_[2];  // (B, Hp) each: h' and h, by turns
-  Scratch<A> other_;     // (B, Hp): g in "after", q in "before"
+  Scratch<A> bias_;            // (2 Hp): of a_r and a_n
+  Scratch<A> recurrent_bias_;  // (2 Hp): what the rows of recurrent_ begin from
+  Scratch<A> state_[2];        // (B, Hp) each: h' and h, by turns
+  Scratch<A> recurrent_;       // (B, 2 Hp): what h' gives to both gates, block by block; in "before" q (B, Hp)
 };
 
 // ---- kernels: backward -------------------------------------------------------------------------------
@@ -487,20 +550,14 @@ class Backward {
     // dh = W_hr^T u_r + W_hn^T u_h of step s; in "before" W_hr^T u_r + dq r, the latter having been kept
     void pass_on(int64_t s, int64_t block, int64_t b_begin, int64_t b_end) {
       if (b_begin >= b_end) return;
-      const int64_t H = f.shape_.H, Hp = f.Hp_, first = f.hh_.r.first_column(block), end = f.hh_.r.end_column(block);
-      const bool before = f.shape_.reset == Reset::before;
-      for (int64_t b = b_begin; b < b_end; ++b) {
-        A* dh = f.dh_.data() + b * Hp;
-        if (before) {
-          std::copy(f.direct_.data() + b * Hp + first, f.direct_.data() + b * Hp + end, dh + first);
-        } else {
-          std::fill(dh + first, dh + end, A(0));
-        }
-      }
-      A* sums = f.dh_.data() + b_begin * Hp + first;
+      const int64_t H = f.shape_.H, Hp = f.Hp_, first = f.hh_.r.first_column(block);
+      A* dh = f.dh_.data() + b_begin * Hp + first;
       const RowMajor<A> rows{u_of(s, b_begin), f.width_};
-      f.hh_.r.multiply(block, H, b_end - b_begin, rows, sums, Hp);
-      if (!before) f.hh_.n.multiply(block, H, b_end - b_begin, rows.from(0, f.h_part()), sums, Hp);
+      if (f.shape_.reset == Reset::before) {
+        return f.hh_.r.multiply(block, H, b_end - b_begin, rows, {f.direct_.data() + b_begin * Hp + first, Hp}, dh, Hp);
+      }
+      f.hh_.r.multiply(block, H, b_end - b_begin, rows, {}, dh, Hp);
+      f.hh_.n.multiply(block, H, b_end - b_begin, rows.from(0, f.h_part()), {dh, Hp}, dh, Hp);
     }
 
     // One vector of columns of one row, as the backward needs it.
@@ -550,12 +607,9 @@ class Backward {
 
     // dq = W_hn^T u_n
     void before_r(int64_t s, int64_t block, int64_t b_begin, int64_t b_end) {
-      const int64_t Hp = f.Hp_, first = f.hh_.n.first_column(block), end = f.hh_.n.end_column(block);
-      for (int64_t b = b_begin; b < b_end; ++b) {
-        std::fill(f.direct_.data() + b * Hp + first, f.direct_.data() + b * Hp + end, A(0));
-      }
+      const int64_t Hp = f.Hp_, first = f.hh_.n.first_column(block);
       const RowMajor<A> rows{u_of(s, b_begin) + f.n_part(), f.width_};
-      f.hh_.n.multiply(block, f.shape_.H, b_end - b_begin, rows, f.direct_.data() + b_begin * Hp + first, Hp);
+      f.hh_.n.multiply(block, f.shape_.H, b_end - b_begin, rows, {}, f.direct_.data() + b_begin * Hp + first, Hp);
       for_vectors(s, block, b_begin, b_end, [&](const At& at, A* to) {
         A* direct = f.direct_.data() + at.b * Hp + at.j;
         const Vector<A> r = at.gate(0), dq = load_vector(direct);
@@ -579,12 +633,11 @@ class Backward {
         Scratch<A> sums(kBlockRows * Ip);
         for (int64_t first = begin; first < end; first += kBlockRows) {
           const int64_t count = std::min(kBlockRows, end - first);
-          std::fill_n(sums.data(), count * Ip, A(0));
           const RowMajor<A> rows{u.data() + first * f.width_, f.width_};
           for (int64_t p = 0; p < f.ih_->r.count(); ++p) {
             A* to = sums.data() + f.ih_->r.first_column(p);
-            f.ih_->r.multiply(p, H, count, rows, to, Ip);
-            f.ih_->n.multiply(p, H, count, rows.from(0, f.n_part()), to, Ip);
+            f.ih_->r.multiply(p, H, count, rows, {}, to, Ip);
+            f.ih_->n.multiply(p, H, count, rows.from(0, f.n_part()), {to, Ip}, to, Ip);
           }
           chunk.for_rows(first, first + count, [&](int64_t row, int64_t t, int64_t b) {
             T* to = f.wanted_.input + (f.shape_.first[t] + b) * I;
@@ -651,7 +704,7 @@ class Backward {
     // bias[j] += sum over rows of u[row][j]
     void add_bias() {
       const int64_t rows = chunk.rows();
-      parallel_for(f.width_ / L, grain_of(rows * L), [&](int64_t begin, int64_t end) {
+      parallel_for(f.width_ / L, grain_of_moves(rows), [&](int64_t begin, int64_t end) {
         for (int64_t j = begin * L; j < end * L; j += L) {
           A* bias = f.bias_.data() + j;
           for (int64_t first = 0; first < rows; first += kBiasRows) {
@@ -681,7 +734,7 @@ class Backward {
   void store_rows(int64_t rows, int64_t columns, const A* from, int64_t stride, T* to, int64_t offset = 0) const {
     if (to == nullptr) return;
     to += offset;
-    parallel_for(rows, grain_of(columns), [&](int64_t begin, int64_t end) {
+    parallel_for(rows, grain_of_moves(columns), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         for (int64_t j = 0; j < columns; ++j) to[row * columns + j] = store<T>(from[row * stride + j]);
       }
