@@ -1,12 +1,13 @@
-// drop_norm on CUDA: the sums of drop_norm.h, with a row held in registers.
+// drop_norm on CUDA: the sums of drop_norm.h, with rows held on the chip.
 //
 // Who owns what: a team of threads owns a row at a time, each of them up to 16 of its features; a warp where that is
-// enough, then a block has eight teams, else the whole block. Parameters, mask and, in the backward, the sums for the
+// enough, then a block has eight teams, else the whole block. Mask, parameters and, in the backward, the sums for the
 // parameters' gradients stay with the threads that own the features, from the first row of a block to its last; every
 // block leaves one partial row of those sums behind, and a last kernel adds these in order. The number of partial rows
 // follows from the shape alone, and there are no atomics on floats: the same bits on every run.
-// Passes over memory: forward reads x and writes y; backward reads x and dy and writes grad_x. Rows of more features
-// than a block can hold are swept over again in every step, which finds them in the L2 cache.
+// Passes over memory: forward reads x and writes y; backward reads x and dy and writes grad_x. Rows wait in shared
+// memory, fetched ahead. Those of more features than a block can hold are swept over twice, the second time in the L2
+// cache, and once more for the parameters' gradients.
 #include "../drop_norm.h"
 
 #include <map>
