@@ -205,6 +205,33 @@ def test_1x1_is_a_matrix_product():
     torch.testing.assert_close(dlkernels.conv2d(x, w), expected)
 
 
+VIEWS_OF_GRADIENTS = {
+    "nchw": lambda grad: grad.contiguous(),
+    "channels_last": lambda grad: grad.contiguous(memory_format=torch.channels_last),
+    "rows_apart": lambda grad: F.pad(grad, (1, 1, 0, 0))[..., 1:-1],
+    "columns_apart": lambda grad: grad.repeat_interleave(2, 3)[..., ::2],
+    "channels_last_rows_apart": lambda grad: F.pad(grad, (1, 1)).contiguous(memory_format=torch.channels_last)[
+        ..., 1:-1
+    ],
+    "expanded": lambda grad: grad[:1, :, :1, :1].expand_as(grad),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS_OF_GRADIENTS.values(), ids=VIEWS_OF_GRADIENTS.keys())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(5, 19, 7, 7), (2, 3, 33, 40), (20, 17, 1, 65), (3, 1, 5, 9), (1, 40, 14, 14), (9, 16, 3, 1)], ids=str
+)
+def test_bias_gradient_is_the_sum_over_images_and_pixels(shape, dtype, view):
+    """Integers, whose sums are exact and rounded once; more pixels than a short sum has, channels beside a vector's."""
+    grad = view(torch.randint(-3, 4, shape).to(dtype))
+    input, weight = torch.zeros(shape[0], 1, *shape[2:], dtype=dtype), torch.zeros(shape[1], 1, 1, 1, dtype=dtype)
+    geometry = ([1, 1], [0, 0, 0, 0], [1, 1], 1)
+    bias_only = [False, False, True]
+    ours = torch.ops.dlkernels.conv2d_backward(grad, input, weight, *geometry, bias_only)[2]
+    assert torch.equal(ours, grad.double().sum((0, 2, 3)).to(dtype))
+
+
 @pytest.mark.parametrize("dilation", [(2, 3), (3, 1)])
 def test_dilation_is_a_kernel_stuffed_with_zeros(dilation):
     x = torch.randn(2, 3, 14, 13, dtype=torch.float64)
