@@ -103,6 +103,8 @@ def pointwise_cases():
     """Around a panel of pixels (16, 32 or 64), the terms summed at a time (288) and whole tiles of channels."""
     for pixels in (1, 15, 16, 17, 49, 63, 64, 65, 130):
         yield f"{pixels}_pixels", (2, 5, 1, pixels), 7, 1, 1
+    for pixels in (96, 196):  # vectors that whole panels do not divide: full to the last (written in place), or not
+        yield f"{pixels}_pixels_of_one_image", (1, 5, 1, pixels), 7, 1, 1
     for channels in (287, 288, 289, 600):
         yield f"{channels}_channels", (1, channels, 5, 13), 9, 1, 1
     yield "many_channels_out", (1, 20, 7, 7), 70, 1, 1
