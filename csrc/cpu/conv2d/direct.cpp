@@ -376,7 +376,7 @@ void add_channels(const T* row, int64_t stride, int64_t pixels, int64_t count, d
 template <class T>
 void add_image(const Conv2dShape& shape, const Strided4d<const T>& grad, int64_t n, int64_t first, int64_t count,
                double* sums) {
-  constexpr int64_t kRun = 1024, kPixelsRun = 64;  // pixels of a short sum: 32 or so for each lane of its vectors
+  constexpr int64_t kRun = 1024, kPixelsRun = 64;  // pixels of a short sum: some tens for each lane of its vectors
   const bool rows_join = grad.stride_h == shape.Q * grad.stride_w;
   const bool channels_last = grad.stride_c == 1 && shape.K > 1;
   const int64_t rows = rows_join ? 1 : shape.P, length = rows_join ? shape.P * shape.Q : shape.Q;
