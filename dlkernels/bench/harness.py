@@ -143,8 +143,8 @@ class CpuClock:
 class CudaClock:
     """The same by CUDA events, after the L2 cache has been overwritten.
 
-    The overwriting is on its way when the calls are made, and takes longer than it takes to make one: what a kernel waits
-    for its own launch does not count, what a GPU waits for many small calls does.
+    The overwriting is on its way when the calls are made, and takes longer than it takes to make one: what a kernel
+    waits for its own launch does not count, what a GPU waits for many small calls does.
     """
 
     L2_BYTES = 256 << 20  # more than any L2 of today
