@@ -130,6 +130,14 @@ def test_16_bit_input_with_float32_parameters(case, dtype, backend, device):
     assert_as_accurate_as_torchs(case, case.make_inputs(dtype, device, parameter_dtype=torch.float32), backend)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("M", [256, 264, 512, 520, 4096, 7168, 7680, 8192, 8200])
+def test_rows_around_what_a_gpu_holds(M, dtype, device):
+    """A warp's rows, a block's, and what is too long for one's registers or shared memory."""
+    case = DropNormCase(f"{M}", (9,), (M,), M // 3)
+    assert_as_accurate_as_torchs(case, case.make_inputs(dtype, device), "native")
+
+
 @each_of_ours
 @pytest.mark.parametrize("parameters", ["both", "weight", "bias", "none"])
 @pytest.mark.parametrize("M", [5, 8, 100, 1000, 4096, 65537, 2**20])

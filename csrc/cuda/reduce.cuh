@@ -8,13 +8,14 @@
 namespace dlkernels {
 
 constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kColumns = 32, kGroups = 16;  // of a block: a group of threads takes every kGroups-th row
 
 // The sum of `value` over the warp, in lane 0.
 template <class T>
 __device__ T warp_sum(T value) {
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    value += __shfl_down_sync(0xffffffffu, value, distance);
+    value += __shfl_down_sync(kAllLanes, value, distance);
   }
   return value;
 }

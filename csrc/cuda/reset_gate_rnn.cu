@@ -55,8 +55,8 @@ __global__ void multiply(int64_t count, int64_t M, int64_t N, int64_t K, Left le
   const int row = threadIdx.x / kSide, column = threadIdx.x % kSide;
   for (int64_t tile = blockIdx.x; tile < count; tile += gridDim.x) {
     const int64_t m0 = tile / tiles_n * kTile, n0 = tile % tiles_n * kTile;
-    A own[kOwn][kOwn] = {},
-      run[kOwn][kOwn] = {};  // long sums are made of short ones, which keeps rounding errors small
+    // long sums are made of short ones, of a `run` each, which keeps rounding errors small
+    A own[kOwn][kOwn] = {}, run[kOwn][kOwn] = {};
     for (int64_t k0 = 0; k0 < K; k0 += kTileDepth) {
       for (int i = threadIdx.x; i < kTile * kTileDepth; i += kThreads) {
         const int64_t k = k0 + i % kTileDepth, m = m0 + i / kTileDepth, n = n0 + i / kTileDepth;

@@ -1,7 +1,7 @@
 """Dropout and normalisation in one: `drop_mask`, `drop_norm` and `DropNorm`.
 
 One mask is drawn per call and shared by all rows; statistics are those of the kept features. Letters: N rows, M
-features. The kernels are csrc/cpu/drop_norm.cpp and csrc/cuda/drop_norm.cu, their contract csrc/drop_norm.h.
+features. The kernels are csrc/cpu/drop_norm.cpp and csrc/cuda/drop_norm, their contract csrc/drop_norm.h.
 """
 
 import math

@@ -335,6 +335,10 @@ void Direct::grad_weight(const Conv2dShape& shape, Strided4d<const T> grad, Stri
   });
 }
 
+// ---- kernels: the bias's gradient ------------------------------------------------------------------
+
+namespace {
+
 // sum over x of row[x*stride]: in vectors where the pixels lie side by side
 template <class T>
 Accumulate<T> sum_of_run(const T* row, int64_t stride, int64_t count) {
@@ -393,6 +397,8 @@ void add_image(const Conv2dShape& shape, const Strided4d<const T>& grad, int64_t
     }
   }
 }
+
+}  // namespace
 
 // Tasks own some channels, and one of `chunks` stretches of images where there would be too few tasks otherwise; the
 // chunks' sums are then added in order.

@@ -142,16 +142,15 @@ class GatePanels {
   GatePanels(const T* weight, int64_t H, int64_t depth, int most_vectors, int64_t threads = 1, bool together = false)
       : H_(H),
         depth_(depth),
-        blocks_(count_blocks(H, most_vectors, threads, together)),
-        r_(depth, together ? 2 * padded(H, kLanes<A>) : H, most_vectors, threads, blocks_) {
-    if (!together) n_.emplace(depth, H, most_vectors, threads, blocks_);
-    parallel_for(2 * blocks_, grain_of_moves(ceil_div(H, std::max<int64_t>(1, blocks_)) * depth),
+        r_(together ? both(H, depth, most_vectors, threads) : Panels<A>(depth, H, most_vectors, threads)) {
+    if (!together) n_.emplace(depth, H, most_vectors, threads);
+    parallel_for(2 * count(), grain_of_moves(ceil_div(H, std::max<int64_t>(1, count())) * depth),
                  [&](int64_t begin, int64_t end) {
                    for (int64_t i = begin; i < end; ++i) pack(i / 2, i % 2, weight + i % 2 * H * depth);
                  });
   }
 
-  int64_t count() const { return blocks_; }
+  int64_t count() const { return r_.count(); }
   int64_t first_column(int64_t block) const { return r_.first_column(block) / (n_ ? 1 : 2); }
   int64_t end_column(int64_t block) const { return r_.end_column(block) / (n_ ? 1 : 2); }
 
@@ -171,13 +170,12 @@ class GatePanels {
   }
 
  private:
-  // Together, blocks have the same number of vectors, so that a panel's halves are those of the gates.
-  static int64_t count_blocks(int64_t H, int most_vectors, int64_t threads, bool together) {
+  // Blocks of the same number of vectors, so that a panel's halves are those of the gates.
+  static Panels<A> both(int64_t H, int64_t depth, int most_vectors, int64_t threads) {
     const int64_t vectors = ceil_div(H, kLanes<A>);
-    if (!together) return std::min(vectors, ceil_div(ceil_div(vectors, most_vectors), threads) * threads);
     int64_t blocks = ceil_div(2 * vectors, most_vectors);
     while (blocks < vectors && (vectors % blocks != 0 || blocks % threads != 0)) ++blocks;
-    return std::min(vectors, blocks);
+    return Panels<A>(depth, 2 * vectors * kLanes<A>, most_vectors, threads, std::min(vectors, blocks));
   }
 
   template <class T>
@@ -188,7 +186,7 @@ class GatePanels {
                            depth_);
   }
 
-  int64_t H_, depth_, blocks_;
+  int64_t H_, depth_;
   Panels<A> r_;  // or both gates'
   std::optional<Panels<A>> n_;
 };
