@@ -7,12 +7,18 @@ from contextlib import contextmanager
 BACKENDS = ("native", "reference", "torch")
 
 _default = "native"
-_override = threading.local()
+
+
+class _Override(threading.local):
+    name: str | None = None  # on the class: a thread that has set none finds it as fast as its own
+
+
+_override = _Override()
 
 
 def current_backend() -> str:
     """The backend that a call on this thread uses now."""
-    return getattr(_override, "name", _default)
+    return _override.name or _default
 
 
 def set_backend(name: str) -> None:
@@ -49,15 +55,12 @@ def backend(name: str) -> Iterator[None]:
         >>> with dlkernels.backend("torch"):
         ...     y = dlkernels.conv2d(x, w)
     """
-    previous = getattr(_override, "name", None)
+    previous = _override.name
     _override.name = _checked(name)
     try:
         yield
     finally:
-        if previous is None:
-            del _override.name
-        else:
-            _override.name = previous
+        _override.name = previous
 
 
 def _checked(name: str) -> str:
