@@ -6,6 +6,7 @@
 // further sweeps over a row (statistics, result) find it in cache.
 #include "../drop_norm.h"
 
+#include <array>
 #include <cmath>
 
 #include "../tensor.h"
@@ -29,14 +30,14 @@ constexpr int64_t kBlockRows = 64;  // rows summed before their sum goes on: lon
 
 // ---- kernels: the features, as the loops want them ---------------------------------------------------
 
-// scale = s*weight and shift = s*bias (M), both 0 where dropped; mask has all bits set where kept, none where dropped
-// and behind the last feature, and exists only where a feature may be dropped. The first `prefix` features hold at
-// least a sixteenth of the kept ones.
+// scale = s*weight (M), 0 where dropped; mask has all bits set where kept, none where dropped and behind the last
+// feature, and exists only where a feature may be dropped. The first `prefix` features hold at least a sixteenth of the
+// kept ones.
 template <class A>
 struct Features {
   int64_t M, kept, prefix, kept_in_prefix;
   A s = 1;
-  const A *scale, *shift;
+  const A* scale;
   const int8_t* mask = nullptr;
 
   template <class T, class P>
@@ -47,7 +48,6 @@ struct Features {
       if (shape.rescale && kept > 0) s = A(double(M) / double(kept));
     }
     scale = times_s(in.weight, A(1), own_scale_);
-    shift = times_s(in.bias, A(0), own_shift_);
     prefix = kept_in_prefix = 0;
     while (prefix < M && kept_in_prefix < std::max(kSumBlock, kept / 16)) {
       const int64_t end = std::min(M, prefix + kSumBlock);
@@ -56,24 +56,9 @@ struct Features {
     }
   }
 
- private:
-  // How many of `count` <= 2^31 bytes, each 0 or -1, are -1.
-  static int64_t count_set(const int8_t* bytes, int64_t count) {
-    int32_t sum = 0;
-    for (int64_t i = 0; i < count; ++i) sum -= bytes[i];
-    return sum;
-  }
-
-  // Fills the mask; how many features are kept.
-  static int64_t make_mask(const bool* keep, int64_t M, int8_t* mask) {
-    for (int64_t i = 0; i < M; ++i) mask[i] = -int8_t(keep[i]);
-    std::fill_n(mask + M, kLanes<A>, int8_t(0));
-    return count_set(mask, M);
-  }
-
-  // result[i] = s * parameter[i], 0 where dropped; the parameter itself where there is nothing to do.
+  // result[i] = s * parameter[i], 0 where dropped, in `own`; the parameter itself where there is nothing to do.
   template <class P>
-  const A* times_s(const P* parameter, A otherwise, std::optional<Scratch<A>>& own) {
+  const A* times_s(const P* parameter, A otherwise, std::optional<Scratch<A>>& own) const {
     if constexpr (std::is_same_v<P, A>) {
       if (parameter != nullptr && mask == nullptr) return parameter;
     }
@@ -91,8 +76,23 @@ struct Features {
     return result;
   }
 
+ private:
+  // How many of `count` <= 2^31 bytes, each 0 or -1, are -1.
+  static int64_t count_set(const int8_t* bytes, int64_t count) {
+    int32_t sum = 0;
+    for (int64_t i = 0; i < count; ++i) sum -= bytes[i];
+    return sum;
+  }
+
+  // Fills the mask; how many features are kept.
+  static int64_t make_mask(const bool* keep, int64_t M, int8_t* mask) {
+    for (int64_t i = 0; i < M; ++i) mask[i] = -int8_t(keep[i]);
+    std::fill_n(mask + M, kLanes<A>, int8_t(0));
+    return count_set(mask, M);
+  }
+
   std::optional<Scratch<int8_t>> own_mask_;
-  std::optional<Scratch<A>> own_scale_, own_shift_;
+  std::optional<Scratch<A>> own_scale_;
 };
 
 // How to reach a vector of features. Whole: straight from memory, in vectors of A whatever the memory holds; where
@@ -151,29 +151,34 @@ inline void for_each_vector(const Features<A>& features, const Run& run) {
   if (whole < features.M) run(whole, Tail<DROPS, A>{features, features.M - whole});
 }
 
-// Two sums over the first `count` features of a row: calls term(i, at, first, second) to add vector i to both; in A for
-// kSumBlock features, then in double, so that long rows lose nothing.
-template <bool DROPS, class A, class Term>
-inline void sum_twice(const Features<A>& features, int64_t count, const Term& term, double& first, double& second) {
-  constexpr int kChains = 4;  // sums that do not wait for each other
+// COUNT sums over the first `count` features of a row: calls term(i, at, sums) to add vector i to each of sums[COUNT];
+// in A for kSumBlock features, then in double, so that long rows lose nothing.
+template <bool DROPS, int COUNT, class A, class Term>
+inline std::array<double, COUNT> sum(const Features<A>& features, int64_t count, const Term& term) {
+  constexpr int kChains =
+      COUNT < 4 ? 4 : 2;  // sums that do not wait for each other, as many as there are registers for
   constexpr int64_t L = kLanes<A>;
   static_assert(kSumBlock % (kChains * L) == 0);
   const int64_t whole = count / L * L;
-  first = second = 0;
+  std::array<double, COUNT> total = {};
   for (int64_t begin = 0; begin < count; begin += kSumBlock) {
     const int64_t end = std::min(whole, begin + kSumBlock);
-    Vector<A> a[kChains] = {}, b[kChains] = {};
+    Vector<A> sums[kChains][COUNT] = {};
     int64_t i = begin;
     for (; i + kChains * L <= end; i += kChains * L) {
-      for (int chain = 0; chain < kChains; ++chain) term(i + chain * L, Whole<DROPS, A>{features}, a[chain], b[chain]);
+      for (int chain = 0; chain < kChains; ++chain) term(i + chain * L, Whole<DROPS, A>{features}, sums[chain]);
     }
-    for (; i < end; i += L) term(i, Whole<DROPS, A>{features}, a[0], b[0]);
+    for (; i < end; i += L) term(i, Whole<DROPS, A>{features}, sums[0]);
     if (end == whole && whole < count && count - begin <= kSumBlock) {
-      term(whole, Tail<DROPS, A>{features, count - whole}, a[1], b[1]);
+      term(whole, Tail<DROPS, A>{features, count - whole}, sums[1]);
     }
-    first += sum_of_lanes<A>((a[0] + a[1]) + (a[2] + a[3]));
-    second += sum_of_lanes<A>((b[0] + b[1]) + (b[2] + b[3]));
+    for (int n = 0; n < COUNT; ++n) {
+      Vector<A> all = sums[0][n];
+      for (int chain = 1; chain < kChains; ++chain) all += sums[chain][n];
+      total[n] += sum_of_lanes<A>(all);
+    }
   }
+  return total;
 }
 
 template <class T, class A>
@@ -198,50 +203,59 @@ void statistics_in_double(Row<T, A>& row, const Features<A>& features, double ep
   row.rstd = A(1 / std::sqrt(squares / features.kept + eps));
 }
 
-// mean = sum x / K;  var = sum (x - mean)^2 / K. In two sweeps: first the mean of the prefix, which is the row unless
-// it is long, then the distances d from it: mean += sum d / K,  var = sum d^2 / K - (sum d / K)^2. As the prefix holds
-// a sixteenth of the row, (sum d / K)^2 <= 15 var whatever the row: the difference loses four bits at most. Step by
-// step for all rows of a group, so that one row's short sums need not wait for another's.
+// The mean of each row's prefix: of the row, unless it is long.
 template <bool DROPS, class R, class A>
-void statistics(R* rows, int count, const Features<A>& features, double eps) {
+void begin_statistics(R* rows, int count, const Features<A>& features) {
+  for (int n = 0; n < count; ++n) {
+    const auto* x = rows[n].x;
+    const auto [sum_x] = sum<DROPS, 1>(features, features.prefix, [&](int64_t i, const auto& at, Vector<A>* sums) {
+      sums[0] += at.kept(at.load(x, i), i);
+    });
+    rows[n].mean = A(sum_x / std::max<int64_t>(1, features.kept_in_prefix));
+  }
+}
+
+// mean = sum x / K;  var = sum (x - mean)^2 / K. From the distances d of all x from the prefix's mean, which is in
+// row.mean: mean += sum d / K,  var = sum d^2 / K - (sum d / K)^2. As the prefix holds a sixteenth of the row,
+// (sum d / K)^2 <= 15 var whatever the row: the difference loses four bits at most. False where squares overflow, or
+// the row is not finite.
+template <class T, class A>
+bool end_statistics(Row<T, A>& row, double mean_d, double mean_dd, double eps) {
+  const double variance = mean_dd - mean_d * mean_d;
+  row.mean += A(mean_d);
+  row.rstd = A(1 / std::sqrt(std::max(variance, 0.0) + eps));
+  return std::isfinite(variance);
+}
+
+// Mean and rstd of each row of a group: step by step for all of them, so that one row's short sums need not wait for
+// another's.
+template <bool DROPS, class T, class A>
+void statistics(Row<T, A>* rows, int count, const Features<A>& features, double eps) {
   if (features.kept == 0) return;
   const double per_kept = 1.0 / features.kept;
-  double rest[kGroupRows], squares[kGroupRows];
+  std::array<double, 2> sums_of[kGroupRows];
+  begin_statistics<DROPS>(rows, count, features);
   for (int n = 0; n < count; ++n) {
-    const auto* x = rows[n].x;
-    double sum, unused;
-    sum_twice<DROPS>(
-        features, features.prefix,
-        [&](int64_t i, const auto& at, Vector<A>& a, Vector<A>&) { a += at.kept(at.load(x, i), i); }, sum, unused);
-    rows[n].mean = A(sum / features.kept_in_prefix);
-  }
-  for (int n = 0; n < count; ++n) {
-    const auto* x = rows[n].x;
+    const T* x = rows[n].x;
     const A mean = rows[n].mean;
-    sum_twice<DROPS>(
-        features, features.M,
-        [&](int64_t i, const auto& at, Vector<A>& a, Vector<A>& b) {
-          const Vector<A> distance = at.kept(at.load(x, i) - mean, i);
-          a += distance;
-          b += distance * distance;
-        },
-        rest[n], squares[n]);
+    sums_of[n] = sum<DROPS, 2>(features, features.M, [&](int64_t i, const auto& at, Vector<A>* sums) {
+      const Vector<A> distance = at.kept(at.load(x, i) - mean, i);
+      sums[0] += distance;
+      sums[1] += distance * distance;
+    });
   }
   for (int n = 0; n < count; ++n) {
-    rest[n] *= per_kept;
-    const double variance = squares[n] * per_kept - rest[n] * rest[n];
-    rows[n].mean += A(rest[n]);
-    rows[n].rstd = A(1 / std::sqrt(std::max(variance, 0.0) + eps));
-    if (!std::isfinite(variance)) statistics_in_double(rows[n], features, eps);
+    const auto [d, dd] = sums_of[n];
+    if (!end_statistics(rows[n], d * per_kept, dd * per_kept, eps)) statistics_in_double(rows[n], features, eps);
   }
 }
 
 // y[i] = (x[i] - mean) * rstd * scale[i] + shift[i]
 template <bool DROPS, class T, class A>
-void normalise(const Row<T, A>& row, const Features<A>& features, T* y, bool stream) {
+void normalise(const Row<T, A>& row, const Features<A>& features, const A* shift, T* y, bool stream) {
   for_each_vector<DROPS>(features, [&](int64_t i, const auto& at) {
     const Vector<A> h = (at.load(row.x, i) - row.mean) * row.rstd;
-    const Vector<A> value = h * at.load(features.scale, i) + at.load(features.shift, i);
+    const Vector<A> value = h * at.load(features.scale, i) + at.load(shift, i);
     at.write(y, i, at.kept(value, i), stream);
   });
 }
@@ -253,34 +267,67 @@ template <class T, class A>
 struct GradRow : Row<T, A> {
   const T* dy;
   const T *next_x, *next_dy;
-  T* grad_x;          // null: not wanted
-  A mean_g, mean_gh;  // sum g / K,  sum (g*h) / K
+  T* grad_x;                  // null: not wanted
+  A mean_g = 0, mean_gh = 0;  // sum g / K,  sum (g*h) / K
 };
 
-// mean_g and mean_gh, with g = scale*dy and h = (x - mean) * rstd
+// mean_g and mean_gh by the definition, with g = scale*dy and h = (x - mean) * rstd: where their products overflow
+// before they are multiplied by rstd.
 template <bool DROPS, class T, class A>
-void sum_gradients(GradRow<T, A>& row, const Features<A>& features, bool fetch) {
-  double sum_g, sum_gh;
-  sum_twice<DROPS>(
-      features, features.M,
-      [&](int64_t i, const auto& at, Vector<A>& a, Vector<A>& b) {
-        const Vector<A> h = at.kept((at.load(row.x, i) - row.mean) * row.rstd, i);
-        const Vector<A> g = at.kept(at.load(row.dy, i), i) * at.load(features.scale, i);
-        a += g;
-        b += g * h;
-        if (fetch) __builtin_prefetch(row.grad_x + i, 1);  // for grad_of_group, whose rows the processor cannot foresee
-      },
-      sum_g, sum_gh);
-  const double per_kept = 1.0 / std::max<int64_t>(1, features.kept);
-  row.mean_g = A(sum_g * per_kept);
-  row.mean_gh = A(sum_gh * per_kept);
+void gradients_by_definition(GradRow<T, A>& row, const Features<A>& features) {
+  const auto [g, gh] = sum<DROPS, 2>(features, features.M, [&](int64_t i, const auto& at, Vector<A>* sums) {
+    const Vector<A> h = at.kept((at.load(row.x, i) - row.mean) * row.rstd, i);
+    const Vector<A> g = at.kept(at.load(row.dy, i), i) * at.load(features.scale, i);
+    sums[0] += g;
+    sums[1] += g * h;
+  });
+  row.mean_g = A(g / features.kept);
+  row.mean_gh = A(gh / features.kept);
 }
 
+// Mean and rstd of each row of a group, and in the same sweep, from the same distances d,
+//   mean_g = sum g / K,   mean_gh = rstd * (sum (g*d) / K - (sum d / K) * mean_g)
+template <bool DROPS, class T, class A>
+void statistics(GradRow<T, A>* rows, int count, const Features<A>& features, double eps, bool fetch) {
+  if (features.kept == 0) return;
+  const double per_kept = 1.0 / features.kept;
+  std::array<double, 4> sums_of[kGroupRows];
+  begin_statistics<DROPS>(rows, count, features);
+  for (int n = 0; n < count; ++n) {
+    const GradRow<T, A> row = rows[n];
+    sums_of[n] = sum<DROPS, 4>(features, features.M, [&](int64_t i, const auto& at, Vector<A>* sums) {
+      const Vector<A> d = at.kept(at.load(row.x, i) - row.mean, i);
+      const Vector<A> g = at.kept(at.load(row.dy, i), i) * at.load(features.scale, i);
+      sums[0] += d;
+      sums[1] += d * d;
+      sums[2] += g;
+      sums[3] += g * d;
+      if (fetch) __builtin_prefetch(row.grad_x + i, 1);  // for grad_of_group, whose rows the processor cannot foresee
+    });
+  }
+  for (int n = 0; n < count; ++n) {
+    const auto [d, dd, g, gd] = sums_of[n];
+    const double mean_d = d * per_kept, mean_g = g * per_kept, product = gd * per_kept - mean_d * mean_g;
+    const bool finite = end_statistics(rows[n], mean_d, dd * per_kept, eps);
+    rows[n].mean_g = A(mean_g);
+    rows[n].mean_gh = A(product * rows[n].rstd);
+    if (!finite) statistics_in_double(rows[n], features, eps);
+    if (!finite || !std::isfinite(product)) gradients_by_definition<DROPS>(rows[n], features);
+  }
+}
+
+// Sums over rows, of the gradients of the parameters.
+template <class A>
+struct ParameterSums {
+  A *weight, *bias;  // (M) each
+  bool begun;        // else what is there is not yet a sum
+};
+
 // For each row: grad_x[i] = rstd * (g[i] - mean g - h[i] * mean gh), 0 where dropped
-//               weight_sums[i] += dy[i] * h[i],   bias_sums[i] += dy[i]
+//               sums.weight[i] += dy[i] * h[i],   sums.bias[i] += dy[i]
 template <bool DROPS, int VECTORS, class T, class A, class At>
 inline void grad_of_columns(const GradRow<T, A>* rows, int count, const Features<A>& features, int64_t i, const At& at,
-                            A* weight_sums, A* bias_sums, bool stream) {
+                            const ParameterSums<A>& sums, bool stream) {
   constexpr int64_t L = kLanes<A>;
   Vector<A> weight_sum[VECTORS] = {}, bias_sum[VECTORS] = {}, scale[VECTORS];
   for (int v = 0; v < VECTORS; ++v) scale[v] = at.load(features.scale, i + v * L);
@@ -302,27 +349,28 @@ inline void grad_of_columns(const GradRow<T, A>* rows, int count, const Features
   }
   for (int v = 0; v < VECTORS; ++v) {
     const int64_t j = i + v * L;
-    at.store(weight_sums, j, at.load(weight_sums, j) + at.kept(weight_sum[v], j));
-    at.store(bias_sums, j, at.load(bias_sums, j) + at.kept(bias_sum[v], j));
+    Vector<A> weight = at.kept(weight_sum[v], j), bias = at.kept(bias_sum[v], j);
+    if (sums.begun) weight += at.load(sums.weight, j), bias += at.load(sums.bias, j);
+    at.store(sums.weight, j, weight);
+    at.store(sums.bias, j, bias);
   }
 }
 
 template <bool DROPS, class T, class A>
-void grad_of_group(const GradRow<T, A>* rows, int count, const Features<A>& features, A* weight_sums, A* bias_sums,
+void grad_of_group(const GradRow<T, A>* rows, int count, const Features<A>& features, const ParameterSums<A>& sums,
                    bool stream) {
   constexpr int kWide = 4;  // vectors that share a row's numbers
   constexpr int64_t L = kLanes<A>;
   const int64_t M = features.M, whole = M / L * L;
   int64_t i = 0;
   for (; i + kWide * L <= whole; i += kWide * L) {
-    grad_of_columns<DROPS, kWide>(rows, count, features, i, Whole<DROPS, A>{features}, weight_sums, bias_sums, stream);
+    grad_of_columns<DROPS, kWide>(rows, count, features, i, Whole<DROPS, A>{features}, sums, stream);
   }
   for (; i < whole; i += L) {
-    grad_of_columns<DROPS, 1>(rows, count, features, i, Whole<DROPS, A>{features}, weight_sums, bias_sums, stream);
+    grad_of_columns<DROPS, 1>(rows, count, features, i, Whole<DROPS, A>{features}, sums, stream);
   }
   if (i < M) {
-    grad_of_columns<DROPS, 1>(rows, count, features, i, Tail<DROPS, A>{features, M - i}, weight_sums, bias_sums,
-                              stream);
+    grad_of_columns<DROPS, 1>(rows, count, features, i, Tail<DROPS, A>{features, M - i}, sums, stream);
   }
 }
 
@@ -341,17 +389,23 @@ bool goes_past_cache(const DropNormShape& shape, const T* result) {
 
 int64_t rows_of_task(int64_t M) { return std::max<int64_t>(1, kTaskElements / std::max<int64_t>(1, M)); }
 
-// sums[i] = s * (partial[0, i] + partial[1, i] + ...), in this order, of the partial rows (stretches, M).
+// result[i] = s * (partial[0, i] + partial[1, i] + ...), in this order, of rows that are `stride` apart.
 template <class P, class A>
-void sum_stretches(const A* partial, int64_t stretches, int64_t M, A s, P* sums) {
-  if (sums == nullptr) return;
+void sum_rows(const A* partial, int64_t rows, int64_t stride, A s, P* result, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i += kLanes<A>) {
+    const int64_t count = std::min<int64_t>(kLanes<A>, end - i);
+    Vector<A> sum = {};
+    for (int64_t row = 0; row < rows; ++row) sum += load_as<A>(partial + row * stride + i, count);
+    store_as<A>(result + i, count, sum * s);
+  }
+}
+
+// The gradients of the parameters, each null where it is not wanted, from the sums of the stretches: (stretches, 2, M).
+template <class P, class A>
+void sum_stretches(const A* sums, int64_t stretches, int64_t M, A s, P* grad_weight, P* grad_bias) {
   parallel_for(M, kTaskElements / stretches, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i += kLanes<A>) {
-      const int64_t count = std::min<int64_t>(kLanes<A>, end - i);
-      Vector<A> sum = {};
-      for (int64_t stretch = 0; stretch < stretches; ++stretch) sum += load_as<A>(partial + stretch * M + i, count);
-      store_as<A>(sums + i, count, sum * s);
-    }
+    if (grad_weight != nullptr) sum_rows(sums, stretches, 2 * M, s, grad_weight, begin, end);
+    if (grad_bias != nullptr) sum_rows(sums + M, stretches, 2 * M, s, grad_bias, begin, end);
   });
 }
 
@@ -366,17 +420,21 @@ struct CpuDropNorm : CpuKernels {
 
   template <class T, class P>
   void forward(const DropNormShape& shape, const DropNormInput<T, P>& in, T* output) const {
-    const Features<Accumulate<T>> features(shape, in);
+    using A = Accumulate<T>;
+    const Features<A> features(shape, in);
+    std::optional<Scratch<A>> own_shift;
+    const A* shift = features.times_s(in.bias, A(0), own_shift);
     const bool stream = goes_past_cache(shape, output);
     with_bool(in.keep != nullptr, [&](auto drops) {
       parallel_for(shape.N, rows_of_task(shape.M), [&](int64_t begin, int64_t end) {
         const int64_t group = rows_of_group(kGroupElements, shape.M);
         for (int64_t n = begin; n < end; n += group) {
-          Row<T, Accumulate<T>> rows[kGroupRows];
+          Row<T, A> rows[kGroupRows];
           const int count = int(std::min(group, end - n));
           for (int i = 0; i < count; ++i) rows[i].x = in.input + (n + i) * in.row_stride;
           statistics<drops>(rows, count, features, shape.eps);
-          for (int i = 0; i < count; ++i) normalise<drops>(rows[i], features, output + (n + i) * shape.M, stream);
+          for (int i = 0; i < count; ++i)
+            normalise<drops>(rows[i], features, shift, output + (n + i) * shape.M, stream);
         }
         write_streams();
       });
@@ -392,47 +450,48 @@ struct CpuDropNorm : CpuKernels {
     const int64_t N = shape.N, M = shape.M;
     const bool stream = goes_past_cache(shape, grad_input);
     const int64_t stretches = std::clamp<int64_t>(std::min(N / kGroupRows, N * M / kTaskElements), 1, kMostStretches);
-    Scratch<A> sums(2 * stretches * M);
-    A* weight_sums = sums.data();
+    Scratch<A> sums(2 * stretches * M);  // of the stretches: weight, bias, weight, bias ...
     const bool fetch = grad_input != nullptr && !stream;
     const int64_t group_rows = rows_of_group(kGradGroupElements, M);
-    A* bias_sums = weight_sums + stretches * M;
+    // The rows from `first` to before `last`, at most kBlockRows of them.
+    const auto block = [&](auto drops, int64_t first, int64_t last, A* sums_of_block) {
+      for (int64_t group = first; group < last; group += group_rows) {
+        GradRow<T, A> rows[kGroupRows];
+        const int count = int(std::min(group_rows, last - group));
+        for (int i = 0; i < count; ++i) {
+          const int64_t row = group + i;
+          rows[i].x = in.input + row * in.row_stride;
+          rows[i].dy = grad + row * grad_row_stride;
+          rows[i].next_x = rows[i].x + group_rows * in.row_stride;
+          rows[i].next_dy = rows[i].dy + group_rows * grad_row_stride;
+          rows[i].grad_x = grad_input == nullptr ? nullptr : grad_input + row * M;
+        }
+        statistics<drops>(rows, count, features, shape.eps, fetch);
+        grad_of_group<drops>(rows, count, features, {sums_of_block, sums_of_block + M, group > first}, stream);
+      }
+    };
     with_bool(in.keep != nullptr, [&](auto drops) {
       parallel_for(stretches, 1, [&](int64_t begin, int64_t end) {
-        Scratch<A> block_sums(2 * M);
+        std::optional<Scratch<A>> block_sums;
         for (int64_t stretch = begin; stretch < end; ++stretch) {
-          A* weight_row = weight_sums + stretch * M;
-          A* bias_row = bias_sums + stretch * M;
-          std::fill_n(weight_row, M, A(0));
-          std::fill_n(bias_row, M, A(0));
           const int64_t first = N * stretch / stretches, last = N * (stretch + 1) / stretches;
+          A* sum = sums.data() + 2 * stretch * M;
+          if (first == last) std::fill_n(sum, 2 * M, A(0));
           for (int64_t n = first; n < last; n += kBlockRows) {
-            std::fill_n(block_sums.data(), 2 * M, A(0));
             const int64_t stop = std::min(last, n + kBlockRows);
-            for (int64_t group = n; group < stop; group += group_rows) {
-              GradRow<T, A> rows[kGroupRows];
-              const int count = int(std::min(group_rows, stop - group));
-              for (int i = 0; i < count; ++i) {
-                const int64_t row = group + i;
-                rows[i].x = in.input + row * in.row_stride;
-                rows[i].dy = grad + row * grad_row_stride;
-                rows[i].next_x = rows[i].x + group_rows * in.row_stride;
-                rows[i].next_dy = rows[i].dy + group_rows * grad_row_stride;
-                rows[i].grad_x = grad_input == nullptr ? nullptr : grad_input + row * M;
-              }
-              statistics<drops>(rows, count, features, shape.eps);
-              for (int i = 0; i < count; ++i) sum_gradients<drops>(rows[i], features, fetch);
-              grad_of_group<drops>(rows, count, features, block_sums.data(), block_sums.data() + M, stream);
+            if (n == first) {
+              block(drops, n, stop, sum);
+              continue;
             }
-            for (int64_t i = 0; i < M; ++i) weight_row[i] += block_sums.data()[i];
-            for (int64_t i = 0; i < M; ++i) bias_row[i] += block_sums.data()[M + i];
+            if (!block_sums) block_sums.emplace(2 * M);
+            block(drops, n, stop, block_sums->data());
+            for (int64_t i = 0; i < 2 * M; ++i) sum[i] += block_sums->data()[i];
           }
         }
         write_streams();
       });
     });
-    sum_stretches(weight_sums, stretches, M, features.s, grad_weight);
-    sum_stretches(bias_sums, stretches, M, features.s, grad_bias);
+    sum_stretches(sums.data(), stretches, M, features.s, grad_weight, grad_bias);
   }
 
   // Counts keys by their upper bits, so that only the keys of one bin need sorting out.
