@@ -609,6 +609,20 @@ def test_rows_of_any_size_are_ordinary(case, dtype, scale, backend, device):
 
 
 @each_of_ours
+@each_case(named("half_dropped", "no_mask", "width_1000"))
+def test_products_of_rows_and_gradients_may_overflow(case, backend, device):
+    """1e18 times 1e25 is beyond float32; what comes of it, divided by the row's deviation, is not."""
+    inputs = case.make_inputs(torch.float32, device)
+    inputs = [inputs[0] * 1e18, *inputs[1:]]
+    grad = random_grad(inputs) * 1e25
+    exact = results(gather_norm_scatter, case, doubled(inputs), grad.double())
+    with dlkernels.backend(backend):
+        ours = results(dlkernels.drop_norm, case, inputs, grad)
+    for name in exact:
+        assert relative_error(ours[name], exact[name]) < 1e-5, name
+
+
+@each_of_ours
 @pytest.mark.parametrize("M", [3, 100, 1000])
 def test_one_large_number_in_a_row(M, backend, device):
     case = DropNormCase("outlier", (4,), (M,), M // 3)
