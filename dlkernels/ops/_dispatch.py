@@ -48,7 +48,7 @@ def differentiable(function: type[Function], op: Any) -> Callable:
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
-    shown = Eager._backward_cls  # by grad_fn and by anomaly mode
+    shown: Any = Eager._backward_cls  # by grad_fn and by anomaly mode
     shown.__name__ = shown.__qualname__ = f"{function.__name__}Backward"
     shown.apply = function.backward  # which the inherited method looks for anew in every backward, for 2 us
     return call
