@@ -155,8 +155,8 @@ inline void for_each_vector(const Features<A>& features, const Run& run) {
 // in A for kSumBlock features, then in double, so that long rows lose nothing.
 template <bool DROPS, int COUNT, class A, class Term>
 inline std::array<double, COUNT> sum(const Features<A>& features, int64_t count, const Term& term) {
-  constexpr int kChains =
-      COUNT < 4 ? 4 : 2;  // sums that do not wait for each other, as many as there are registers for
+  // Sums that do not wait for each other, as many as there are registers for.
+  constexpr int kChains = COUNT < 4 ? 4 : 2;
   constexpr int64_t L = kLanes<A>;
   static_assert(kSumBlock % (kChains * L) == 0);
   const int64_t whole = count / L * L;
@@ -288,7 +288,7 @@ void gradients_by_definition(GradRow<T, A>& row, const Features<A>& features) {
 // Mean and rstd of each row of a group, and in the same sweep, from the same distances d,
 //   mean_g = sum g / K,   mean_gh = rstd * (sum (g*d) / K - (sum d / K) * mean_g)
 template <bool DROPS, class T, class A>
-void statistics(GradRow<T, A>* rows, int count, const Features<A>& features, double eps, bool fetch) {
+void statistics_and_gradients(GradRow<T, A>* rows, int count, const Features<A>& features, double eps, bool fetch) {
   if (features.kept == 0) return;
   const double per_kept = 1.0 / features.kept;
   std::array<double, 4> sums_of[kGroupRows];
@@ -320,7 +320,7 @@ void statistics(GradRow<T, A>* rows, int count, const Features<A>& features, dou
 template <class A>
 struct ParameterSums {
   A *weight, *bias;  // (M) each
-  bool begun;        // else what is there is not yet a sum
+  bool begun;        // whether there is something to add to; else it is overwritten
 };
 
 // For each row: grad_x[i] = rstd * (g[i] - mean g - h[i] * mean gh), 0 where dropped
@@ -433,8 +433,9 @@ struct CpuDropNorm : CpuKernels {
           const int count = int(std::min(group, end - n));
           for (int i = 0; i < count; ++i) rows[i].x = in.input + (n + i) * in.row_stride;
           statistics<drops>(rows, count, features, shape.eps);
-          for (int i = 0; i < count; ++i)
+          for (int i = 0; i < count; ++i) {
             normalise<drops>(rows[i], features, shift, output + (n + i) * shape.M, stream);
+          }
         }
         write_streams();
       });
@@ -466,7 +467,7 @@ struct CpuDropNorm : CpuKernels {
           rows[i].next_dy = rows[i].dy + group_rows * grad_row_stride;
           rows[i].grad_x = grad_input == nullptr ? nullptr : grad_input + row * M;
         }
-        statistics<drops>(rows, count, features, shape.eps, fetch);
+        statistics_and_gradients<drops>(rows, count, features, shape.eps, fetch);
         grad_of_group<drops>(rows, count, features, {sums_of_block, sums_of_block + M, group > first}, stream);
       }
     };
@@ -475,17 +476,17 @@ struct CpuDropNorm : CpuKernels {
         std::optional<Scratch<A>> block_sums;
         for (int64_t stretch = begin; stretch < end; ++stretch) {
           const int64_t first = N * stretch / stretches, last = N * (stretch + 1) / stretches;
-          A* sum = sums.data() + 2 * stretch * M;
-          if (first == last) std::fill_n(sum, 2 * M, A(0));
+          A* sums_of_stretch = sums.data() + 2 * stretch * M;
+          if (first == last) std::fill_n(sums_of_stretch, 2 * M, A(0));  // no rows at all
           for (int64_t n = first; n < last; n += kBlockRows) {
             const int64_t stop = std::min(last, n + kBlockRows);
             if (n == first) {
-              block(drops, n, stop, sum);
+              block(drops, n, stop, sums_of_stretch);
               continue;
             }
             if (!block_sums) block_sums.emplace(2 * M);
             block(drops, n, stop, block_sums->data());
-            for (int64_t i = 0; i < 2 * M; ++i) sum[i] += block_sums->data()[i];
+            for (int64_t i = 0; i < 2 * M; ++i) sums_of_stretch[i] += block_sums->data()[i];
           }
         }
         write_streams();
