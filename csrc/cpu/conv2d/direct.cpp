@@ -27,7 +27,10 @@ namespace {
 
 // ---- tuning constants ----------------------------------------------------------------------------
 
-constexpr int64_t kGradTerms = 640;  // of a task's part of grad_weight, which stays in the second cache
+constexpr int64_t kGradTerms = 640;           // of a task's part of grad_weight, which stays in the second cache
+constexpr int64_t kTurnedElements = 1 << 20;  // of grad_input before it is turned into planes, some images at a time
+constexpr int64_t kTurnedPixels = 64;         // turned at once
+constexpr int64_t kMoveProducts = 4;          // multiply-adds in the time in which an element is turned
 
 // ---- launchers -----------------------------------------------------------------------------------
 
@@ -193,6 +196,27 @@ Columns<T> grad_columns(const Strided4d<const T>& grad, int64_t channel, const P
   return packed;
 }
 
+// grad_input, one phase after the other; those without taps are the bias.
+template <class T>
+void grad_of_phases(const Conv2dShape& shape, const Strided4d<const T>& grad, const Strided4d<const T>& weight,
+                    const T* bias, int64_t bias_stride, const Strided4d<T>& grad_input) {
+  const int64_t M = shape.C / shape.G, D = shape.K / shape.G;
+  for (int64_t phase_h = 0; phase_h < std::min(shape.stride_h, shape.H); ++phase_h) {
+    for (int64_t phase_w = 0; phase_w < std::min(shape.stride_w, shape.W); ++phase_w) {
+      const Strided4d<T> pixels_of_phase = {&grad_input.at(0, 0, phase_h, phase_w), grad_input.stride_n,
+                                            grad_input.stride_c, grad_input.stride_h * shape.stride_h,
+                                            grad_input.stride_w * shape.stride_w};
+      gather_and_multiply(
+          gather_grad(shape, grad, phase_h, phase_w), shape.G, M,
+          [&](int64_t g) {
+            return WeightView<const T>{weight.at(g * D, 0), weight.stride_c, weight.stride_n, weight.stride_h,
+                                       weight.stride_w,     shape.R,         shape.S};
+          },
+          bias, bias_stride, pixels_of_phase);
+    }
+  }
+}
+
 }  // namespace
 
 // ---- entry points --------------------------------------------------------------------------------
@@ -214,20 +238,28 @@ template <class T>
 void Direct::grad_input(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> weight, const T* bias,
                         int64_t bias_stride, Strided4d<T> grad_input) {
   if (shape.N == 0 || shape.C == 0) return;
-  const int64_t M = shape.C / shape.G, D = shape.K / shape.G;
-  for (int64_t phase_h = 0; phase_h < std::min(shape.stride_h, shape.H); ++phase_h) {
-    for (int64_t phase_w = 0; phase_w < std::min(shape.stride_w, shape.W); ++phase_w) {
-      const Strided4d<T> pixels_of_phase = {&grad_input.at(0, 0, phase_h, phase_w), grad_input.stride_n,
-                                            grad_input.stride_c, grad_input.stride_h * shape.stride_h,
-                                            grad_input.stride_w * shape.stride_w};
-      gather_and_multiply(
-          gather_grad(shape, grad, phase_h, phase_w), shape.G, M,
-          [&](int64_t g) {
-            return WeightView<const T>{weight.at(g * D, 0), weight.stride_c, weight.stride_n, weight.stride_h,
-                                       weight.stride_w,     shape.R,         shape.S};
-          },
-          bias, bias_stride, pixels_of_phase);
-    }
+  const bool planes = grad_input.stride_c != 1 && grad_input.stride_h == shape.W && grad_input.stride_w == 1;
+  if (shape.stride_w == 1 || !planes) return grad_of_phases(shape, grad, weight, bias, bias_stride, grad_input);
+  // In planes, the columns of a phase would be written one by one, stride_w apart. So the gradient is made with its
+  // channels side by side, some images at a time, and then turned.
+  const int64_t pixels = shape.H * shape.W, image = pixels * shape.C;
+  const Pieces images(shape.N, std::max<int64_t>(1, kTurnedElements / image)), blocks(pixels, kTurnedPixels);
+  Scratch<T> turned(images.most() * image);
+  for (int64_t piece = 0; piece < images.count; ++piece) {
+    Conv2dShape some = shape;
+    some.N = images.length(piece);
+    const Strided4d<const T> some_grad = {grad.at(images.begin(piece), 0), grad.stride_n, grad.stride_c, grad.stride_h,
+                                          grad.stride_w};
+    grad_of_phases(some, some_grad, weight, bias, bias_stride, {turned.data(), image, 1, shape.W * shape.C, shape.C});
+    parallel_for(some.N * blocks.count, grain_of(kMoveProducts * blocks.most() * shape.C),
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t task = begin; task < end; ++task) {
+                     const int64_t n = task / blocks.count, x = blocks.begin(task % blocks.count);
+                     copy_pixels(turned.data() + n * image + x * shape.C, 1, shape.C, shape.C,
+                                 blocks.length(task % blocks.count), grad_input.at(images.begin(piece) + n, 0) + x,
+                                 grad_input.stride_c);
+                   }
+                 });
   }
 }
 

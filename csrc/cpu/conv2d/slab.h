@@ -143,13 +143,13 @@ class Slab {
         column_cuts_(gather.J, most_columns()),
         row_cuts_(gather.I, most_rows()),
         image_cuts_(gather.N, row_cuts_.count > 1 ? 1 : most_images()),
-        in_place_(gather.D > 0 && gather.source.stride_c == 1 && rows_.inside(gather.I, gather.H) &&
-                  columns_.inside(gather.J, gather.W)),
-        planes_(gather.taps.size() == 1 && gather.source.stride_c != 1 && gather.source.stride_w == 1) {
+        planes_(gather.taps.size() == 1 && gather.source.stride_c != 1 && gather.source.stride_w == 1),
+        in_place_(gather.D > 0 && (gather.source.stride_c == 1 || planes_) && rows_.inside(gather.I, gather.H) &&
+                  columns_.inside(gather.J, gather.W)) {
     const Strided4d<const T>& source = gather.source;
     const int64_t width = columns_.slots(column_cuts_.most()), height = rows_.slots(row_cuts_.most());
     if (in_place_) {
-      stride_c_ = 1, stride_w_ = columns_.slot_step * source.stride_w;
+      stride_c_ = source.stride_c, stride_w_ = columns_.slot_step * source.stride_w;
       stride_h_ = rows_.slot_step * source.stride_h, stride_n_ = source.stride_n;
     } else if (planes_) {
       stride_c_ = odd_lines(height * width), stride_w_ = 1, stride_h_ = width, stride_n_ = gather.D * stride_c_;
@@ -247,7 +247,7 @@ class Slab {
   const Gather<T>& gather_;
   SlabAxis rows_, columns_;
   Pieces column_cuts_, row_cuts_, image_cuts_;  // in this order: each so that what the others leave room for fits
-  bool in_place_, planes_;
+  bool planes_, in_place_;
   int64_t stride_n_, stride_c_, stride_h_, stride_w_;  // of channels and slots
 };
 
