@@ -117,6 +117,7 @@ void gather_and_multiply(const Gather<T>& gather, int64_t G, int64_t M, const We
           start[j] = bias != nullptr && j < panel.count ? bias[(channels.first + j) * bias_stride] : T(0);
         }
         const bool in_place = rows_of_sums(places, channels, target.stride_c, sums.data(), rows);
+        const bool from_memory = slab.in_place() && p == splits.begin(split);
         const T* columns = packed.data() + (g * panels.padded() + panel.first) * depth;
         for (const TermBlock& term : terms) {
           if (!shared) {
@@ -124,7 +125,7 @@ void gather_and_multiply(const Gather<T>& gather, int64_t G, int64_t M, const We
             columns = own_weight.data();
           }
           multiply(pixels, source, offsets.data(), term.offsets, columns, panel.width, panel.width,
-                   &term == terms.data() ? start : nullptr, rows.data());
+                   &term == terms.data() ? start : nullptr, rows.data(), from_memory);
           columns += term.offsets.size() * panel.width;
         }
         if (!in_place) write_pixels(sums.data(), channels, places, target.stride_c);
@@ -348,7 +349,7 @@ void Direct::grad_weight(const Conv2dShape& shape, Strided4d<const T> grad, Stri
         task.part.slab.offsets_of_pixels(block, offsets);
         const auto of_grad = grad_columns(grad, task.g * M + task.panel.first, task.panel, block, columns.data());
         multiply(terms, source, task.part.terms.data(), offsets, of_grad.data, of_grad.stride, width,
-                 b == first ? zeros : nullptr, rows.data());
+                 b == first ? zeros : nullptr, rows.data(), task.part.slab.in_place());
       }
       if (chunks == 1) finish(task, sums);
     }

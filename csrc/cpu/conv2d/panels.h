@@ -15,6 +15,7 @@ namespace dlkernels {
 constexpr int kPanelVectors = kVectorRegisters == 32 ? 4 : 2;  // of channels: they divide the usual numbers of channels
 constexpr int64_t kBlockTerms = 288;        // summed before a sum goes to memory: 32 channels of a 3 x 3 kernel
 constexpr int64_t kEnoughTasks = 8;         // for a handful of threads to share the work evenly
+constexpr int64_t kPrefetchTerms = 256;
 constexpr int64_t kTaskProducts = 1 << 17;  // multiply-adds (some 2 us) below which a second thread does not pay
 
 // Tasks of so many multiply-adds that one thread takes at least.
@@ -155,9 +156,15 @@ void unpack_weight(const T* sums, const Panel& panel, const std::vector<Tap>& ta
 // `start`, sums[m][j] = start[j] + ...
 template <class T>
 void multiply(int64_t row_count, const T* data, const int64_t* row, const std::vector<int64_t>& depth, const T* columns,
-              int64_t column_stride, int64_t width, const T* start, T* const* sums) {
-  const int64_t vectors = width / kLanes<T>, rows = tile_rows(int(vectors));
+              int64_t column_stride, int64_t width, const T* start, T* const* sums, bool from_memory = false) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  const int64_t vectors = width / kLanes<T>, rows = tile_rows(int(vectors)), terms = depth.size();
+  const bool run = from_memory && terms > 0 && terms <= kPrefetchTerms && depth.back() - depth.front() == terms - 1;
   for (int64_t m = 0; m < row_count; m += rows) {
+    for (int64_t next = m + rows; run && next < std::min(row_count, m + 2 * rows); ++next) {
+      for (int64_t l = 0; l < terms; l += kLine) __builtin_prefetch(data + row[next] + depth.front() + l);
+      if (start != nullptr) for (int64_t j = 0; j < width; j += kLine) __builtin_prefetch(sums[next] + j, 1);
+    }
     const auto tile = scattered_tile<T>(std::min(rows, row_count - m), vectors);
     tile(int64_t(depth.size()), {data, row + m, depth.data()}, columns, column_stride, start, sums + m);
   }
@@ -168,11 +175,12 @@ void multiply(int64_t row_count, const T* data, const int64_t* row, const std::v
 // Where pixel x of the block lies in the target's memory.
 template <class T>
 void target_of_pixels(const Strided4d<T>& target, const Block& block, std::vector<T*>& pixels) {
-  pixels.clear();
+  pixels.resize(block.pixels());
+  T** pixel = pixels.data();
   for (int64_t n = 0; n < block.images; ++n) {
-    for (int64_t i = 0; i < block.rows; ++i) {
+    for (int64_t i = 0; i < block.rows; ++i, pixel += block.columns) {
       T* row = &target.at(block.n + n, 0, block.i + i, block.j);
-      for (int64_t j = 0; j < block.columns; ++j) pixels.push_back(row + j * target.stride_w);
+      for (int64_t j = 0; j < block.columns; ++j) pixel[j] = row + j * target.stride_w;
     }
   }
 }

@@ -158,6 +158,7 @@ class Slab {
     }
   }
 
+  bool in_place() const { return in_place_; }
   // of the memory that `gather` needs
   int64_t size() const { return in_place_ ? 0 : image_cuts_.most() * stride_n_; }
   int64_t blocks() const { return image_cuts_.count * row_cuts_.count * column_cuts_.count; }
@@ -179,11 +180,13 @@ class Slab {
     return memory;
   }
   void offsets_of_pixels(const Block& block, std::vector<int64_t>& offsets) const {
-    offsets.clear();
+    offsets.resize(block.pixels());
+    int64_t* offset = offsets.data();
+    const int64_t step = columns_.step / columns_.slot_step * stride_w_;
     for (int64_t n = 0; n < block.images; ++n) {
-      for (int64_t i = 0; i < block.rows; ++i) {
+      for (int64_t i = 0; i < block.rows; ++i, offset += block.columns) {
         const int64_t row = n * stride_n_ + rows_.of_pixel(i) * stride_h_;
-        for (int64_t j = 0; j < block.columns; ++j) offsets.push_back(row + columns_.of_pixel(j) * stride_w_);
+        for (int64_t j = 0; j < block.columns; ++j) offset[j] = row + j * step;
       }
     }
   }
