@@ -51,6 +51,14 @@ struct Indirect {
   T at(int m, int64_t l) const { return data[row[m] + depth[l]]; }
 };
 
+// The same where its rows are `step` apart: element (m, l) lies at data[m * step + depth[l]].
+template <class T>
+struct EvenlySpaced {
+  const T* data;
+  int64_t step;
+  const int64_t* depth;
+};
+
 // tile[m][v] += sum over l of rows[l][m] * vector v of columns[l], in order of l whatever the tile's size: the same
 // bits.
 //   rows (depth, ROWS), columns (depth, column_stride), the tile's VECTORS vectors first
@@ -66,10 +74,30 @@ inline void sum_tile(int64_t depth, const Rows& rows, const T* columns, int64_t 
   }
 }
 
+// The same for evenly spaced rows and a single vector of columns, where each sum takes a broadcast from memory of its
+// own: more of them run side by side than there are registers for their addresses, which here take three, as each four
+// rows are x86's row + step * 0, 1, 2 and 3 * step.
+template <int ROWS, int VECTORS, class T>
+inline void sum_tile(int64_t depth, const EvenlySpaced<T>& rows, const T* columns, int64_t column_stride,
+                     Vector<T> (&tile)[ROWS][VECTORS]) {
+  static_assert(VECTORS == 1);
+  const int64_t step = rows.step * int64_t(sizeof(T)), steps[] = {0, step, 2 * step, 3 * step};
+  for (int64_t l = 0; l < depth; ++l, columns += column_stride) {
+    const Vector<T> column = load_vector(columns);
+    const char* row = (const char*)(rows.data + rows.depth[l]);
+#pragma GCC unroll 18
+    for (int m = 0; m < ROWS; ++m) {
+      tile[m][0] += *(const T*)(row + steps[m % 4]) * column;
+      if (m % 4 == 3) row += 4 * step;
+      if (m % 4 == 3) asm("" : "+r"(row));  // or each address would be worked out, and kept, by itself
+    }
+  }
+}
+
 // Vector by vector: an initialiser becomes a loop over memory, and with it the tile would live there.
 template <int ROWS, int VECTORS, class V>
 inline void clear_tile(V (&tile)[ROWS][VECTORS]) {
-#pragma GCC unroll 8
+#pragma GCC unroll 18
   for (int m = 0; m < ROWS; ++m) {
 #pragma GCC unroll 8
     for (int v = 0; v < VECTORS; ++v) tile[m][v] = V{};
@@ -102,12 +130,13 @@ void multiply_tile(int64_t depth, const Rows& rows, const T* columns, int64_t co
 
 // The same with each row of sums through a pointer of its own: added to sums[m], or, where there is a `start`, begun
 // from that row and written to sums[m].
-template <int ROWS, int VECTORS, class T>
-void multiply_scattered_tile(int64_t depth, const Indirect<T>& rows, const T* columns, int64_t column_stride,
-                             const T* start, T* const* sums) {
+template <int ROWS, int VECTORS, class T, class Rows>
+void multiply_scattered_tile(int64_t depth, const Rows& rows, const T* columns, int64_t column_stride, const T* start,
+                             T* const* sums) {
   Vector<T> tile[ROWS][VECTORS];
   clear_tile(tile);
   sum_tile(depth, rows, columns, column_stride, tile);
+#pragma GCC unroll 18
   for (int m = 0; m < ROWS; ++m) {
     for (int v = 0; v < VECTORS; ++v) {
       T* sum = sums[m] + v * kLanes<T>;
@@ -143,23 +172,31 @@ Tile<T, Rows> tile_of(int64_t row_count, int64_t vectors) {
 // The most rows of a tile of so many vectors, each row through a pointer of its own.
 constexpr int tile_rows(int vectors) { return std::min(8, (kVectorRegisters - 1 - vectors) / vectors); }
 
-template <class T>
-using ScatteredTile = void (*)(int64_t depth, const Indirect<T>& rows, const T* columns, int64_t column_stride,
-                               const T* start, T* const* sums);
+template <class T, class Rows>
+using ScatteredTile = void (*)(int64_t depth, const Rows& rows, const T* columns, int64_t column_stride, const T* start,
+                               T* const* sums);
 
-template <int VECTORS, class T, int... ROW>
-ScatteredTile<T> scattered_tile(int64_t row_count, std::integer_sequence<int, ROW...>) {
-  static constexpr ScatteredTile<T> kTiles[] = {&multiply_scattered_tile<ROW + 1, VECTORS, T>...};
+template <int VECTORS, class T, class Rows, int... ROW>
+ScatteredTile<T, Rows> scattered_tile(int64_t row_count, std::integer_sequence<int, ROW...>) {
+  static constexpr ScatteredTile<T, Rows> kTiles[] = {&multiply_scattered_tile<ROW + 1, VECTORS, T, Rows>...};
   return kTiles[row_count - 1];
 }
 
 // multiply_scattered_tile for `vectors` <= 4 and `row_count` <= tile_rows(vectors).
 template <class T, int VECTORS = 4>
-ScatteredTile<T> scattered_tile(int64_t row_count, int64_t vectors) {
+ScatteredTile<T, Indirect<T>> scattered_tile(int64_t row_count, int64_t vectors) {
   if constexpr (VECTORS > 1) {
     if (vectors < VECTORS) return scattered_tile<T, VECTORS - 1>(row_count, vectors);
   }
-  return scattered_tile<VECTORS, T>(row_count, std::make_integer_sequence<int, tile_rows(VECTORS)>{});
+  return scattered_tile<VECTORS, T, Indirect<T>>(row_count, std::make_integer_sequence<int, tile_rows(VECTORS)>{});
+}
+
+// ... and for a single vector and `row_count` <= kEvenRows rows that are evenly spaced.
+constexpr int kEvenRows = 14;
+
+template <class T>
+ScatteredTile<T, EvenlySpaced<T>> even_tile(int64_t row_count) {
+  return scattered_tile<1, T, EvenlySpaced<T>>(row_count, std::make_integer_sequence<int, kEvenRows>{});
 }
 
 // The right operand packed: its columns, filled up with zeros to whole vectors, cut into panels of about the same

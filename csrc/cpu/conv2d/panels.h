@@ -15,7 +15,7 @@ namespace dlkernels {
 constexpr int kPanelVectors = kVectorRegisters == 32 ? 4 : 2;  // of channels: they divide the usual numbers of channels
 constexpr int64_t kBlockTerms = 288;        // summed before a sum goes to memory: 32 channels of a 3 x 3 kernel
 constexpr int64_t kEnoughTasks = 8;         // for a handful of threads to share the work evenly
-constexpr int64_t kPrefetchTerms = 256;
+constexpr int64_t kPrefetchTerms = 256;     // of a row, up to which its tile asks for it: longer runs are noticed
 constexpr int64_t kTaskProducts = 1 << 17;  // multiply-adds (some 2 us) below which a second thread does not pay
 
 // Tasks of so many multiply-adds that one thread takes at least.
@@ -152,21 +152,46 @@ void unpack_weight(const T* sums, const Panel& panel, const std::vector<Tap>& ta
   });
 }
 
+// Asks for what rows [m, m + count) read and write, where each reads a run.
+template <class T>
+void prefetch_rows(const T* data, const int64_t* row, const std::vector<int64_t>& depth, T* const* sums, int64_t count,
+                   int64_t width) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t m = 0; m < count; ++m) {
+    for (size_t l = 0; l < depth.size(); l += kLine) __builtin_prefetch(data + row[m] + depth[l]);
+    for (int64_t j = 0; j < width; j += kLine) __builtin_prefetch(sums[m] + j, 1);
+  }
+}
+
+// How many of the rows, of those that are evenly spaced from the first one on, the next tile takes: tiles of about the
+// same size.
+inline int64_t evenly_spaced(const int64_t* row, int64_t count) {
+  int64_t run = std::min<int64_t>(count, 1);
+  while (run < std::min<int64_t>(count, 2 * kEvenRows) && row[run] - row[run - 1] == row[1] - row[0]) ++run;
+  return run >= 2 * kEvenRows ? kEvenRows : ceil_div(run, ceil_div(run, kEvenRows));
+}
+
 // sums[m][j] += sum over l of data[row[m] + depth[l]] * columns[l][j], for vectors of columns that one tile takes; with
-// `start`, sums[m][j] = start[j] + ...
+// `start`, sums[m][j] = start[j] + ...; `from_memory`: rows of data are in no cache yet
 template <class T>
 void multiply(int64_t row_count, const T* data, const int64_t* row, const std::vector<int64_t>& depth, const T* columns,
               int64_t column_stride, int64_t width, const T* start, T* const* sums, bool from_memory = false) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  const int64_t vectors = width / kLanes<T>, rows = tile_rows(int(vectors)), terms = depth.size();
-  const bool run = from_memory && terms > 0 && terms <= kPrefetchTerms && depth.back() - depth.front() == terms - 1;
-  for (int64_t m = 0; m < row_count; m += rows) {
-    for (int64_t next = m + rows; run && next < std::min(row_count, m + 2 * rows); ++next) {
-      for (int64_t l = 0; l < terms; l += kLine) __builtin_prefetch(data + row[next] + depth.front() + l);
-      if (start != nullptr) for (int64_t j = 0; j < width; j += kLine) __builtin_prefetch(sums[next] + j, 1);
+  const int64_t vectors = width / kLanes<T>, most = tile_rows(int(vectors)), terms = depth.size();
+  const bool prefetch = from_memory && terms <= kPrefetchTerms && depth.back() - depth.front() == terms - 1;
+  for (int64_t m = 0, count = 0; m < row_count; m += count) {
+    const int64_t even = vectors == 1 ? evenly_spaced(row + m, row_count - m) : 0;
+    count = std::max(even, std::min(most, row_count - m));
+    if (prefetch) {
+      const int64_t next = m + count;
+      prefetch_rows(data, row + next, depth, sums + next, std::min(count, row_count - next), start != nullptr ? width : 0);
     }
-    const auto tile = scattered_tile<T>(std::min(rows, row_count - m), vectors);
-    tile(int64_t(depth.size()), {data, row + m, depth.data()}, columns, column_stride, start, sums + m);
+    if (even == count) {
+      const EvenlySpaced<T> rows{data + row[m], even > 1 ? row[m + 1] - row[m] : 0, depth.data()};
+      even_tile<T>(count)(terms, rows, columns, column_stride, start, sums + m);
+    } else {
+      const Indirect<T> rows{data, row + m, depth.data()};
+      scattered_tile<T>(count, vectors)(terms, rows, columns, column_stride, start, sums + m);
+    }
   }
 }
 
