@@ -28,28 +28,43 @@ namespace {
 // ---- tuning constants ----------------------------------------------------------------------------
 
 constexpr int64_t kGradTerms = 640;           // of a task's part of grad_weight, which stays in the second cache
+constexpr int64_t kFewPixels = 64;            // of a block at least, if there are so many
 constexpr int64_t kTurnedElements = 1 << 20;  // of grad_input before it is turned into planes, some images at a time
 constexpr int64_t kTurnedPixels = 64;         // turned at once
 constexpr int64_t kMoveProducts = 4;          // multiply-adds in the time in which an element is turned
 
 // ---- launchers -----------------------------------------------------------------------------------
 
-// T block of channels at every tap: the terms that one tile sums in registers.
-struct TermBlock {
+// A block of channels at every tap, which are gathered together: all terms, cut into what one tile sums in registers.
+struct Terms {
+  struct Run {
+    int64_t d, count;  // channels, counted from the group's first
+    std::vector<int64_t> offsets;
+  };
   int64_t d, count;
-  std::vector<int64_t> offsets;
+  std::vector<Run> runs;
 };
 
+// The channels cut so that a block of pixels fits the slab, as whole runs if possible.
 template <class T>
-std::vector<TermBlock> cut_terms(const Gather<T>& gather, const Slab<T>& slab) {
-  std::vector<TermBlock> blocks;
-  const Pieces cuts(gather.D, kBlockTerms / std::max<int64_t>(1, gather.taps.size()));
-  for (int64_t b = 0; b < cuts.count; ++b) {
-    blocks.push_back({cuts.begin(b), cuts.length(b), {}});
-    slab.offsets_of_terms(cuts.begin(b), cuts.length(b), blocks.back().offsets);
+Pieces cut_channels(const Gather<T>& gather, int64_t block_pixels) {
+  const int64_t run = std::max<int64_t>(1, kBlockTerms / std::max<int64_t>(1, gather.taps.size()));
+  return Pieces(gather.D, std::max(run, slab_channels(gather, block_pixels) / run * run));
+}
+
+template <class T>
+std::vector<Terms> cut_terms(const Gather<T>& gather, const Pieces& channels, const Slab<T>& slab) {
+  std::vector<Terms> all;
+  for (int64_t b = 0; b < channels.count; ++b) {
+    const Pieces runs(channels.length(b), kBlockTerms / std::max<int64_t>(1, gather.taps.size()));
+    all.push_back({channels.begin(b), channels.length(b), {}});
+    for (int64_t r = 0; r < runs.count; ++r) {
+      all.back().runs.push_back({channels.begin(b) + runs.begin(r), runs.length(r), {}});
+      slab.offsets_of_terms(runs.begin(r), runs.length(r), all.back().runs.back().offsets);
+    }
   }
-  if (blocks.empty()) blocks.push_back({});  // a sum of nothing is the bias
-  return blocks;
+  if (all.empty()) all.push_back({0, 0, {{}}});  // a sum of nothing is the bias
+  return all;
 }
 
 // Where the sums of the block's pixels are made, rows[x]: in the target where a panel is all there and lies there side
@@ -71,12 +86,16 @@ template <class T, class WeightOf>
 void gather_and_multiply(const Gather<T>& gather, int64_t G, int64_t M, const WeightOf& weight_of, const T* bias,
                          int64_t bias_stride, const Strided4d<T>& target) {
   if (gather.N * gather.I * gather.J == 0 || M == 0) return;
-  const Slab<T> slab(gather);
-  const std::vector<TermBlock> terms = cut_terms(gather, slab);
+  // few pixels are cut into more blocks: sharing panels instead, tasks would gather the same pixels
+  const int64_t block_pixels = std::clamp(gather.N * gather.I * gather.J / kEnoughTasks, kFewPixels, kBlockPixels);
+  const Pieces channel_cuts = cut_channels(gather, block_pixels);
+  const Gather<T> part = with_depth(gather, channel_cuts.most());
+  const Slab<T> slab(part, block_pixels);
+  const std::vector<Terms> terms = cut_terms(gather, channel_cuts, slab);
   const PanelCuts<T> panels(M);
   const int64_t depth = gather.terms();
 
-  // Weights that several tasks use are packed before; else the task packs its own, a block at a time, in its cache.
+  // Weights that several tasks use are packed before; else the task packs its own, a run at a time, in its cache.
   const int64_t blocks = slab.blocks();
   const bool shared = blocks > 1;
   Scratch<T> packed(shared ? G * depth * panels.padded() : 0);
@@ -86,49 +105,59 @@ void gather_and_multiply(const Gather<T>& gather, int64_t G, int64_t M, const We
         const int64_t g = task / panels.count();
         const Panel panel = panels[task % panels.count()];
         T* to = packed.data() + (g * panels.padded() + panel.first) * depth;
-        for (const TermBlock& block : terms) {
-          pack_weight(weight_of(g), panel, gather.taps, block.d, block.count, to);
-          to += block.offsets.size() * panel.width;
+        for (const Terms& some : terms) {
+          for (const Terms::Run& run : some.runs) {
+            pack_weight(weight_of(g), panel, gather.taps, run.d, run.count, to);
+            to += run.offsets.size() * panel.width;
+          }
         }
       }
     });
   }
 
-  const Pieces splits(panels.count(), ceil_div(panels.count(), ceil_div(kEnoughTasks, G * blocks)));
+  const Pieces splits = split_evenly(panels.count(), G * blocks);
   const int64_t products = slab.most_pixels() * splits.most() * kPanelVectors * kLanes<T> * depth;
   parallel_for(G * blocks * splits.count, grain_of(products), [&](int64_t begin, int64_t end) {
-    Scratch<T> memory(slab.size()), sums(slab.most_pixels() * kPanelVectors * kLanes<T>);
+    const int64_t most_sums = slab.most_pixels() * kPanelVectors * kLanes<T>;  // of a panel
+    Scratch<T> memory(slab.size()), sums((terms.size() > 1 ? splits.most() : 1) * most_sums);
     Scratch<T> own_weight(shared ? 0 : std::max<int64_t>(kBlockTerms, gather.taps.size()) * kPanelVectors * kLanes<T>);
     T start[kPanelVectors * kLanes<T>];
     std::vector<int64_t> offsets;
     std::vector<T*> places;
     std::vector<T*> rows(slab.most_pixels());
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t split = task % splits.count, g = task / splits.count / blocks;
-      const Block block = slab.block(task / splits.count % blocks);
+      // blocks first: they differ in size more than splits do, and each thread gets about as many of each
+      const int64_t split = task / blocks % splits.count, g = task / blocks / splits.count;
+      const Block block = slab.block(task % blocks);
       const int64_t pixels = block.pixels();
-      const T* source = slab.gather(g * gather.D, block, memory.data());
       slab.offsets_of_pixels(block, offsets);
       target_of_pixels(target, block, places);
-      for (int64_t p = splits.begin(split); p < splits.begin(split + 1); ++p) {
-        const Panel panel = panels[p];
-        const Panel channels = {g * M + panel.first, panel.count, panel.width};
-        for (int64_t j = 0; j < panel.width; ++j) {
-          start[j] = bias != nullptr && j < panel.count ? bias[(channels.first + j) * bias_stride] : T(0);
-        }
-        const bool in_place = rows_of_sums(places, channels, target.stride_c, sums.data(), rows);
-        const bool from_memory = slab.in_place() && p == splits.begin(split);
-        const T* columns = packed.data() + (g * panels.padded() + panel.first) * depth;
-        for (const TermBlock& term : terms) {
-          if (!shared) {
-            pack_weight(weight_of(g), panel, gather.taps, term.d, term.count, own_weight.data());
-            columns = own_weight.data();
+      int64_t done = 0;  // terms
+      for (const Terms& some : terms) {
+        const T* source = slab.gather(g * gather.D + some.d, some.count, block, memory.data());
+        for (int64_t p = splits.begin(split); p < splits.begin(split + 1); ++p) {
+          const Panel panel = panels[p];
+          const Panel channels = {g * M + panel.first, panel.count, panel.width};
+          for (int64_t j = 0; j < panel.width; ++j) {
+            start[j] = bias != nullptr && j < panel.count ? bias[(channels.first + j) * bias_stride] : T(0);
           }
-          multiply(pixels, source, offsets.data(), term.offsets, columns, panel.width, panel.width,
-                   &term == terms.data() ? start : nullptr, rows.data(), from_memory);
-          columns += term.offsets.size() * panel.width;
+          T* sums_of_panel = sums.data() + (terms.size() > 1 ? p - splits.begin(split) : 0) * most_sums;
+          const bool in_place = rows_of_sums(places, channels, target.stride_c, sums_of_panel, rows);
+          const bool from_memory = slab.in_place() && p == splits.begin(split);
+          const T* columns = packed.data() + (g * panels.padded() + panel.first) * depth + done * panel.width;
+          for (const Terms::Run& run : some.runs) {
+            if (!shared) {
+              pack_weight(weight_of(g), panel, gather.taps, run.d, run.count, own_weight.data());
+              columns = own_weight.data();
+            }
+            const bool first = &some == &terms.front() && &run == &some.runs.front();
+            multiply(pixels, source, offsets.data(), run.offsets, columns, panel.width, panel.width,
+                     first ? start : nullptr, rows.data(), from_memory);
+            columns += run.offsets.size() * panel.width;
+          }
+          if (!in_place && &some == &terms.back()) write_pixels(sums_of_panel, channels, places, target.stride_c);
         }
-        if (!in_place) write_pixels(sums.data(), channels, places, target.stride_c);
+        done += some.count * int64_t(gather.taps.size());
       }
     }
   });
@@ -272,16 +301,10 @@ struct GradPart {
   Slab<T> slab;
   std::vector<int64_t> terms;
 
-  GradPart(int64_t first, int64_t D, Gather<T> all) : first(first), gather(with_depth(all, D)), slab(gather) {
+  GradPart(int64_t first, int64_t D, const Gather<T>& all) : first(first), gather(with_depth(all, D)), slab(gather) {
     slab.offsets_of_terms(0, D, terms);
   }
   GradPart(const GradPart&) = delete;
-
- private:
-  static Gather<T> with_depth(Gather<T> gather, int64_t D) {
-    gather.D = D;
-    return gather;
-  }
 };
 
 // Tasks own some channels of a panel of one group's grad_weight, and one of `chunks` stretches of pixels where there
@@ -345,7 +368,8 @@ void Direct::grad_weight(const Conv2dShape& shape, Strided4d<const T> grad, Stri
       const int64_t blocks_of_part = task.part.slab.blocks(), first = blocks_of_part * chunk / chunks;
       for (int64_t b = first; b < blocks_of_part * (chunk + 1) / chunks; ++b) {
         const Block block = task.part.slab.block(b);
-        const T* source = task.part.slab.gather(task.g * gather.D + task.part.first, block, memory.data());
+        const T* source = task.part.slab.gather(task.g * gather.D + task.part.first, task.part.gather.D, block,
+                                                memory.data());
         task.part.slab.offsets_of_pixels(block, offsets);
         const auto of_grad = grad_columns(grad, task.g * M + task.panel.first, task.panel, block, columns.data());
         multiply(terms, source, task.part.terms.data(), offsets, of_grad.data, of_grad.stride, width,

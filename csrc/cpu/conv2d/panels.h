@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../gemm.h"
+#include "../parallel.h"
 #include "slab.h"
 
 namespace dlkernels {
@@ -21,6 +22,18 @@ constexpr int64_t kTaskProducts = 1 << 17;  // multiply-adds (some 2 us) below w
 // Tasks of so many multiply-adds that one thread takes at least.
 inline int64_t grain_of(int64_t products_per_task) {
   return std::max<int64_t>(1, kTaskProducts / (products_per_task + 1));
+}
+
+// `items` of each of `blocks` cut so that there are enough tasks, and about as many for every thread. `thread_count`
+// decides on speed alone: what is computed for an item does not depend on the cut.
+inline Pieces split_evenly(int64_t items, int64_t blocks) {
+  const auto longest = [&](int64_t splits) { return ceil_div(blocks * splits, thread_count()) * ceil_div(items, splits); };
+  const int64_t least = std::clamp<int64_t>(ceil_div(kEnoughTasks, std::max<int64_t>(1, blocks)), 1, std::max<int64_t>(1, items));
+  int64_t best = least;
+  for (int64_t splits = least + 1; splits <= std::min(items, 2 * least); ++splits) {
+    if (longest(splits) < longest(best)) best = splits;
+  }
+  return Pieces(items, ceil_div(items, best));
 }
 
 // weight[m, d, tap] lies at data[m*stride_m + d*stride_d + tap.r*stride_r + tap.s*stride_s]; T may be const.

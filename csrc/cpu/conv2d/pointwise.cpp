@@ -110,7 +110,7 @@ void multiply_pixels(int64_t pixels, int64_t G, int64_t M, int64_t D, const Pixe
   }
   const PanelCuts<T> panels(pixels);
   const int64_t most_width = std::min<int64_t>(kPanelVectors * kLanes<T>, panels.padded());
-  const Pieces splits(M, ceil_div(M, ceil_div(kEnoughTasks, G * panels.count())));
+  const Pieces splits = split_evenly(M, G * panels.count());
   const int64_t products = splits.most() * D * most_width;
   parallel_for(G * panels.count() * splits.count, grain_of(products), [&](int64_t begin, int64_t end) {
     Scratch<T> columns(D * most_width), sums(splits.most() * most_width);

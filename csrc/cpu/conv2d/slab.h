@@ -94,6 +94,12 @@ struct Gather {
   int64_t terms() const { return int64_t(taps.size()) * D; }
 };
 
+template <class T>
+Gather<T> with_depth(Gather<T> gather, int64_t D) {
+  gather.D = D;
+  return gather;
+}
+
 // Pixels [n, n + images) x [i, i + rows) x [j, j + columns) of the grid.
 struct Block {
   int64_t n, i, j;
@@ -131,13 +137,23 @@ struct SlabAxis {
   bool inside(int64_t pixels, int64_t size) const { return first >= 0 && (pixels - 1) * step + last < size; }
 };
 
+// How many channels of blocks of so many pixels fit into kSlabBytes.
+template <class T>
+int64_t slab_channels(const Gather<T>& gather, int64_t block_pixels) {
+  const SlabAxis rows(gather.taps, &Tap::h, gather.step_h), columns(gather.taps, &Tap::w, gather.step_w);
+  const int64_t J = Pieces(gather.J, block_pixels).most(), I = Pieces(gather.I, block_pixels / J).most();
+  const int64_t images = I < gather.I ? 1 : std::clamp<int64_t>(block_pixels / (I * J), 1, gather.N);
+  return kSlabBytes / int64_t(sizeof(T)) / (images * rows.slots(I) * columns.slots(J));
+}
+
 // The source as blocks of the grid read it: gathered into memory of its own, or, where nothing has to be padded or
 // moved, the source itself.
 template <class T>
 class Slab {
  public:
-  explicit Slab(const Gather<T>& gather)
+  explicit Slab(const Gather<T>& gather, int64_t block_pixels = kBlockPixels)
       : gather_(gather),
+        block_pixels_(block_pixels),
         rows_(gather.taps, &Tap::h, gather.step_h),
         columns_(gather.taps, &Tap::w, gather.step_w),
         column_cuts_(gather.J, most_columns()),
@@ -171,12 +187,12 @@ class Slab {
             image_cuts_.length(n), row_cuts_.length(i), column_cuts_.length(j)};
   }
 
-  // The block's slab of channels [channel, channel + D): slab[x + l] is what pixel x reads through term l.
-  const T* gather(int64_t channel, const Block& block, T* memory) const {
+  // The block's slab of channels [channel, channel + count), at most D: slab[x + l] is what pixel x reads through term l.
+  const T* gather(int64_t channel, int64_t count, const Block& block, T* memory) const {
     if (in_place_) {
       return &gather_.source.at(block.n, channel, rows_.source(block.i, 0), columns_.source(block.j, 0));
     }
-    fill(channel, block, memory);
+    fill(channel, count, block, memory);
     return memory;
   }
   void offsets_of_pixels(const Block& block, std::vector<int64_t>& offsets) const {
@@ -207,13 +223,13 @@ class Slab {
   }
 
   // slab (images, height, width, D), or (images, D, height, width) as planes, zero outside the source
-  void fill(int64_t channel, const Block& block, T* slab) const {
-    if (gather_.D == 0) return;
+  void fill(int64_t channel, int64_t count, const Block& block, T* slab) const {
+    if (count == 0) return;
     const int64_t slots = columns_.slots(block.columns), step = columns_.slot_step;
     const int64_t w = columns_.source(block.j, 0);
     const int64_t begin = std::clamp(ceil_div(std::max<int64_t>(-w, 0), step), int64_t(0), slots);
     const int64_t end = gather_.W > w ? std::clamp(ceil_div(gather_.W - w, step), begin, slots) : begin;
-    const int64_t planes = planes_ ? gather_.D : 1, channels = planes_ ? 1 : gather_.D;
+    const int64_t planes = planes_ ? count : 1, channels = planes_ ? 1 : count;
     for (int64_t n = 0; n < block.images; ++n) {
       for (int64_t plane = 0; plane < planes; ++plane) {
         for (int64_t row = 0; row < rows_.slots(block.rows); ++row) {
@@ -235,19 +251,20 @@ class Slab {
   int64_t elements() const { return kSlabBytes / int64_t(sizeof(T)); }
   int64_t most_columns() const {
     const int64_t fit = elements() / std::max<int64_t>(1, rows_.slots(1) * gather_.D);
-    return std::min(kBlockPixels, (fit - (columns_.last - columns_.first)) / gather_.step_w);
+    return std::min(block_pixels_, (fit - (columns_.last - columns_.first)) / gather_.step_w);
   }
   int64_t most_rows() const {
     const int64_t row = columns_.slots(column_cuts_.most()) * gather_.D;
     const int64_t fit = elements() / std::max<int64_t>(1, row);
-    return std::min(kBlockPixels / column_cuts_.most(), (fit - (rows_.last - rows_.first)) / gather_.step_h);
+    return std::min(block_pixels_ / column_cuts_.most(), (fit - (rows_.last - rows_.first)) / gather_.step_h);
   }
   int64_t most_images() const {
     const int64_t image = rows_.slots(gather_.I) * columns_.slots(gather_.J) * gather_.D;
-    return std::min(kBlockPixels / (gather_.I * gather_.J), elements() / std::max<int64_t>(1, image));
+    return std::min(block_pixels_ / (gather_.I * gather_.J), elements() / std::max<int64_t>(1, image));
   }
 
   const Gather<T>& gather_;
+  const int64_t block_pixels_;
   SlabAxis rows_, columns_;
   Pieces column_cuts_, row_cuts_, image_cuts_;  // in this order: each so that what the others leave room for fits
   bool planes_, in_place_;
