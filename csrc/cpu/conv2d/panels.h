@@ -16,7 +16,7 @@ namespace dlkernels {
 constexpr int kPanelVectors = kVectorRegisters == 32 ? 4 : 2;  // of channels: they divide the usual numbers of channels
 constexpr int64_t kBlockTerms = 288;        // summed before a sum goes to memory: 32 channels of a 3 x 3 kernel
 constexpr int64_t kEnoughTasks = 8;         // for a handful of threads to share the work evenly
-constexpr int64_t kPrefetchTerms = 256;     // of a row, up to which its tile asks for it: longer runs are noticed
+constexpr int64_t kPrefetchTerms = 288;     // of a row, up to which its tile asks for it: longer runs are noticed
 constexpr int64_t kTaskProducts = 1 << 17;  // multiply-adds (some 2 us) below which a second thread does not pay
 
 // Tasks of so many multiply-adds that one thread takes at least.
@@ -190,7 +190,7 @@ template <class T>
 void multiply(int64_t row_count, const T* data, const int64_t* row, const std::vector<int64_t>& depth, const T* columns,
               int64_t column_stride, int64_t width, const T* start, T* const* sums, bool from_memory = false) {
   const int64_t vectors = width / kLanes<T>, most = tile_rows(int(vectors)), terms = depth.size();
-  const bool prefetch = from_memory && terms <= kPrefetchTerms && depth.back() - depth.front() == terms - 1;
+  const bool prefetch = from_memory && terms <= kPrefetchTerms;
   for (int64_t m = 0, count = 0; m < row_count; m += count) {
     const int64_t even = vectors == 1 ? evenly_spaced(row + m, row_count - m) : 0;
     count = std::max(even, std::min(most, row_count - m));
