@@ -161,7 +161,7 @@ class Slab {
         image_cuts_(gather.N, row_cuts_.count > 1 ? 1 : most_images()),
         planes_(gather.taps.size() == 1 && gather.source.stride_c != 1 && gather.source.stride_w == 1),
         in_place_(gather.D > 0 && (gather.source.stride_c == 1 || planes_) && rows_.inside(gather.I, gather.H) &&
-                  columns_.inside(gather.J, gather.W)) {
+                  columns_.inside(gather.J, gather.W) && near_enough()) {
     const Strided4d<const T>& source = gather.source;
     const int64_t width = columns_.slots(column_cuts_.most()), height = rows_.slots(row_cuts_.most());
     if (in_place_) {
@@ -246,6 +246,12 @@ class Slab {
         }
       }
     }
+  }
+
+  // What a pixel reads is in a cache when the next one reads it; taps further apart are gathered.
+  bool near_enough() const {
+    const int64_t span = (rows_.last - rows_.first + 1) * gather_.source.stride_h * int64_t(sizeof(T));
+    return gather_.taps.size() <= 1 || span <= kSlabBytes;
   }
 
   int64_t elements() const { return kSlabBytes / int64_t(sizeof(T)); }
