@@ -61,6 +61,7 @@ bool winograd_pays(const Conv2dShape& shape, Pass pass) {
 bool small_channels_pay(const Conv2dShape& shape, Pass pass, bool channels_last) {
   constexpr int64_t kFew = 4;
   if (!SmallChannels::can(shape)) return false;
+  if (shape.G > 1) return pass != Pass::kGradWeight && std::max(shape.C, shape.K) < kLanes<float> * shape.G;
   switch (pass) {
     case Pass::kForward:
       return channels_last ? shape.C == 1 && shape.K < kLanes<float> : shape.C <= kFew;

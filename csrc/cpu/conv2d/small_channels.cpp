@@ -151,12 +151,14 @@ struct RowTile {
 
 // ---- launchers -----------------------------------------------------------------------------------
 
-// One call's sums: M target channels from D source channels. weight[m, d, r, s] lies at weight.at(m, d, r, s).
+// One call's sums: M target channels of each group from D source channels. weight[m, d, r, s] of group g lies at
+// weight.at(m, d, r, s)[g * weight_group].
 template <class T>
 struct Sums {
-  int64_t N, M, D;
+  int64_t N, G, M, D;
   Strided4d<const T> source;
   Strided4d<const T> weight;
+  int64_t weight_group;
   const T* bias;
   int64_t bias_stride;
   Strided4d<T> target;
@@ -189,7 +191,7 @@ class Packing {
   Planes<T> planes(const T* data) const { return {data, plane(), pitch_, D_, tap_columns_.data()}; }
 
   // `line` (D, columns_) holds a row before it is taken apart; `to` was zero before the first block.
-  void pack(const Strided4d<const T>& source, int64_t n, int64_t block, T* line, T* to) const {
+  void pack(const Strided4d<const T>& source, int64_t n, int64_t channel, int64_t block, T* line, T* to) const {
     const int64_t begin = std::clamp<int64_t>(-w_.first, 0, columns_);
     const int64_t end = std::clamp<int64_t>(w_.source - w_.first, begin, columns_);
     const int64_t origin = first(block) * h_.step + h_.first;
@@ -200,7 +202,7 @@ class Packing {
         continue;
       }
       // seen from copy_pixels, channels are the pixels, and the other way round
-      const T* from = &source.at(n, 0, row, w_.first + begin);
+      const T* from = &source.at(n, channel, row, w_.first + begin);
       T* packed = w_.step > 1 ? line : to + begin;
       copy_pixels(from, source.stride_c, source.stride_w, D_, end - begin, packed, w_.step > 1 ? end - begin : plane());
       if (w_.step == 1) continue;
@@ -222,15 +224,15 @@ class Packing {
   std::vector<int64_t> tap_columns_;
 };
 
-// packed[d][s][r][m] for each tile of channels, one tile after the other
+// packed[d][s][r][m] for each tile of the group's channels, one tile after the other
 template <class T>
-void pack_factors(const Sums<T>& sums, const Axis& h, const Axis& w, const Pieces& tiles, T* packed) {
+void pack_factors(const Sums<T>& sums, int64_t g, const Axis& h, const Axis& w, const Pieces& tiles, T* packed) {
   for (int64_t tile = 0; tile < tiles.count; ++tile) {
     for (int64_t d = 0; d < sums.D; ++d) {
       for (int64_t s = 0; s < w.taps; ++s) {
         for (int64_t r = 0; r < h.taps; ++r) {
           for (int64_t m = tiles.begin(tile); m < tiles.begin(tile + 1); ++m) {
-            *packed++ = sums.weight.at(m, d, h.weight(r), w.weight(s));
+            *packed++ = (&sums.weight.at(m, d, h.weight(r), w.weight(s)))[g * sums.weight_group];
           }
         }
       }
@@ -280,26 +282,29 @@ template <class T>
 void sum_phase(const Sums<T>& sums, const Axis& h, const Axis& w) {
   const Packing<T> packing(h, w, sums.M, sums.D);
   const Pieces tiles(sums.M, kTileChannels);
-  Scratch<T> factors(sums.M * sums.D * h.taps * w.taps), offsets(sums.M);
-  pack_factors(sums, h, w, tiles, factors.data());
-  for (int64_t m = 0; m < sums.M; ++m)
+  const int64_t group_factors = sums.M * sums.D * h.taps * w.taps, channels = sums.G * sums.M;
+  Scratch<T> factors(sums.G * group_factors), offsets(channels);
+  for (int64_t g = 0; g < sums.G; ++g) pack_factors(sums, g, h, w, tiles, factors.data() + g * group_factors);
+  for (int64_t m = 0; m < channels; ++m)
     offsets.data()[m] = sums.bias == nullptr ? T(0) : sums.bias[m * sums.bias_stride];
   const int64_t blocks = packing.blocks(), pitch = packing.result_pitch();
   const bool in_place = sums.target.stride_w * w.place_step == 1;
-  const int64_t products = packing.most_rows() * w.outputs * sums.M * sums.D * h.taps * w.taps;
-  parallel_for(sums.N * blocks, grain_of(products), [&](int64_t begin, int64_t end) {
+  const int64_t products = packing.most_rows() * w.outputs * group_factors;
+  parallel_for(sums.N * blocks * sums.G, grain_of(products), [&](int64_t begin, int64_t end) {
     Scratch<T> packed(packing.size()), line(packing.line());
     Scratch<T> results(in_place ? 0 : sums.M * packing.most_rows() * pitch);
     std::fill_n(packed.data(), packing.size(), T(0));
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t n = task / blocks, block = task % blocks, I = packing.rows(block);
-      packing.pack(sums.source, n, block, line.data(), packed.data());
-      const Strided4d<T> target = {&sums.target.at(n, 0, h.place(packing.first(block)), w.place(0)),
+      const int64_t g = task % sums.G, block = task / sums.G % blocks, n = task / sums.G / blocks;
+      const int64_t I = packing.rows(block);
+      packing.pack(sums.source, n, g * sums.D, block, line.data(), packed.data());
+      const Strided4d<T> target = {&sums.target.at(n, g * sums.M, h.place(packing.first(block)), w.place(0)),
                                    sums.target.stride_n, sums.target.stride_c, sums.target.stride_h * h.place_step,
                                    sums.target.stride_w * w.place_step};
       const Results<T> to = in_place ? Results<T>{target.data, target.stride_c, target.stride_h}
                                      : Results<T>{results.data(), I * pitch, pitch};
-      sum_block(packing.planes(packed.data()), h, w, tiles, factors.data(), offsets.data(), I, to);
+      sum_block(packing.planes(packed.data()), h, w, tiles, factors.data() + g * group_factors,
+                offsets.data() + g * sums.M, I, to);
       if (!in_place) write_block(to, sums.M, I, w.outputs, target);
     }
   });
@@ -313,8 +318,9 @@ template <class T>
 void SmallChannels::forward(const Conv2dShape& shape, Strided4d<const T> input, Strided4d<const T> weight,
                             const T* bias, int64_t bias_stride, Strided4d<T> output) {
   if (shape.N * shape.K * shape.P * shape.Q == 0) return;
-  sum_phase<T>({shape.N, shape.K, shape.C, input, weight, bias, bias_stride, output}, forward_axes_h(shape)[0],
-               forward_axes_w(shape)[0]);
+  const int64_t M = shape.K / shape.G, D = shape.C / shape.G;
+  sum_phase<T>({shape.N, shape.G, M, D, input, weight, M * weight.stride_n, bias, bias_stride, output},
+               forward_axes_h(shape)[0], forward_axes_w(shape)[0]);
 }
 
 template <class T>
@@ -322,7 +328,8 @@ void SmallChannels::grad_input(const Conv2dShape& shape, Strided4d<const T> grad
                                const T* bias, int64_t bias_stride, Strided4d<T> grad_input) {
   if (shape.N * shape.C * shape.H * shape.W == 0) return;
   const Strided4d<const T> turned = {weight.data, weight.stride_c, weight.stride_n, weight.stride_h, weight.stride_w};
-  const Sums<T> sums = {shape.N, shape.C, shape.K, grad, turned, bias, bias_stride, grad_input};
+  const int64_t M = shape.C / shape.G, D = shape.K / shape.G;
+  const Sums<T> sums = {shape.N, shape.G, M, D, grad, turned, D * weight.stride_n, bias, bias_stride, grad_input};
   for (const Axis& h : gradient_axes_h(shape)) {
     for (const Axis& w : gradient_axes_w(shape)) sum_phase(sums, h, w);
   }

@@ -1,4 +1,4 @@
-// Strategy `small_channels`: few input channels, where the pixels of a row fill the vectors.
+// Strategy `small_channels`: few channels of a group, where the pixels of a row fill the vectors.
 #pragma once
 
 #include "../../conv2d.h"
@@ -6,9 +6,9 @@
 namespace dlkernels {
 
 struct SmallChannels {
-  static constexpr int64_t kMostChannels = 16;  // of the input: beyond, output channels fill vectors as well
+  static constexpr int64_t kMostChannels = 16;  // of a group: beyond, output channels fill vectors as well
 
-  static bool can(const Conv2dShape& shape) { return shape.G == 1 && shape.C <= kMostChannels; }
+  static bool can(const Conv2dShape& shape) { return shape.C <= kMostChannels * shape.G; }
 
   // As in direct.h, for float.
   template <class T>
