@@ -1,10 +1,11 @@
-// conv2d of few input channels: the pixels of a row fill the vectors, not the channels.
+// conv2d of few channels in a group: the pixels of a row fill the vectors, not the channels.
 //
 //   output    [n, k, p, q] = bias[k] + sum over c, r, s of weight[k, c, r, s] * input[n, c, h, w]
 //   grad_input[n, c, h, w] = bias[c] + the same over grad and k, for each phase of h and w by the stride (stencil.h)
-// with h = p*stride_h - pad_top + r*dilation_h and w alike. Both are one sum: M target channels, D source channels.
+// with h = p*stride_h - pad_top + r*dilation_h and w alike. Both are one sum: M target channels, D source channels, of
+// each group.
 //
-// Who owns what: a task owns a block of rows of one image, for all M. It packs the rows that it reads of all D channels
+// Who owns what: a task owns a block of rows of one image, for all M of one group or some. It packs the rows that it reads of all D channels
 // into padded planes that stay in the second cache, and sums tiles of rows and target channels along the columns: a
 // source vector serves up to R rows of up to kTileChannels channels each. Passes over memory: each image is read and
 // written once for each phase. Sums run in blocks of at most kBlockTerms, which are added in order.
@@ -188,7 +189,9 @@ class Packing {
   int64_t size() const { return D_ * plane(); }
   int64_t line() const { return w_.step > 1 ? D_ * columns_ : 0; }
   int64_t result_pitch() const { return ceil_div(w_.outputs, kLanes<T>) * kLanes<T>; }
-  Planes<T> planes(const T* data) const { return {data, plane(), pitch_, D_, tap_columns_.data()}; }
+  Planes<T> planes(const T* data, int64_t channel, int64_t count) const {
+    return {data + channel * plane(), plane(), pitch_, count, tap_columns_.data()};
+  }
 
   // `line` (D, columns_) holds a row before it is taken apart; `to` was zero before the first block.
   void pack(const Strided4d<const T>& source, int64_t n, int64_t channel, int64_t block, T* line, T* to) const {
@@ -277,10 +280,21 @@ void write_block(const Results<T>& from, int64_t M, int64_t I, int64_t J, const 
   }
 }
 
+// How many groups a task takes: with channels side by side, as many as fill a vector, which then is turned in one go.
+template <class T>
+int64_t groups_of_task(const Sums<T>& sums) {
+  const int64_t most = kLanes<T> / std::max<int64_t>(1, std::max(sums.M, sums.D));
+  if (sums.source.stride_c != 1 || sums.target.stride_c != 1) return 1;
+  int64_t groups = std::clamp<int64_t>(most, 1, sums.G);
+  while (sums.G % groups != 0) --groups;
+  return groups;
+}
+
 // The sums of one phase.
 template <class T>
 void sum_phase(const Sums<T>& sums, const Axis& h, const Axis& w) {
-  const Packing<T> packing(h, w, sums.M, sums.D);
+  const int64_t groups = groups_of_task(sums), M = groups * sums.M, D = groups * sums.D, bundles = sums.G / groups;
+  const Packing<T> packing(h, w, M, D);
   const Pieces tiles(sums.M, kTileChannels);
   const int64_t group_factors = sums.M * sums.D * h.taps * w.taps, channels = sums.G * sums.M;
   Scratch<T> factors(sums.G * group_factors), offsets(channels);
@@ -289,23 +303,26 @@ void sum_phase(const Sums<T>& sums, const Axis& h, const Axis& w) {
     offsets.data()[m] = sums.bias == nullptr ? T(0) : sums.bias[m * sums.bias_stride];
   const int64_t blocks = packing.blocks(), pitch = packing.result_pitch();
   const bool in_place = sums.target.stride_w * w.place_step == 1;
-  const int64_t products = packing.most_rows() * w.outputs * group_factors;
-  parallel_for(sums.N * blocks * sums.G, grain_of(products), [&](int64_t begin, int64_t end) {
+  const int64_t products = packing.most_rows() * w.outputs * groups * group_factors;
+  parallel_for(sums.N * blocks * bundles, grain_of(products), [&](int64_t begin, int64_t end) {
     Scratch<T> packed(packing.size()), line(packing.line());
-    Scratch<T> results(in_place ? 0 : sums.M * packing.most_rows() * pitch);
+    Scratch<T> results(in_place ? 0 : M * packing.most_rows() * pitch);
     std::fill_n(packed.data(), packing.size(), T(0));
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t g = task % sums.G, block = task / sums.G % blocks, n = task / sums.G / blocks;
+      const int64_t first = task % bundles * groups, block = task / bundles % blocks, n = task / bundles / blocks;
       const int64_t I = packing.rows(block);
-      packing.pack(sums.source, n, g * sums.D, block, line.data(), packed.data());
-      const Strided4d<T> target = {&sums.target.at(n, g * sums.M, h.place(packing.first(block)), w.place(0)),
+      packing.pack(sums.source, n, first * sums.D, block, line.data(), packed.data());
+      const Strided4d<T> target = {&sums.target.at(n, first * sums.M, h.place(packing.first(block)), w.place(0)),
                                    sums.target.stride_n, sums.target.stride_c, sums.target.stride_h * h.place_step,
                                    sums.target.stride_w * w.place_step};
       const Results<T> to = in_place ? Results<T>{target.data, target.stride_c, target.stride_h}
                                      : Results<T>{results.data(), I * pitch, pitch};
-      sum_block(packing.planes(packed.data()), h, w, tiles, factors.data() + g * group_factors,
-                offsets.data() + g * sums.M, I, to);
-      if (!in_place) write_block(to, sums.M, I, w.outputs, target);
+      for (int64_t g = first; g < first + groups; ++g) {
+        const Results<T> of_group = {to.data + (g - first) * sums.M * to.plane, to.plane, to.pitch};
+        sum_block(packing.planes(packed.data(), (g - first) * sums.D, sums.D), h, w, tiles,
+                  factors.data() + g * group_factors, offsets.data() + g * sums.M, I, of_group);
+      }
+      if (!in_place) write_block(to, M, I, w.outputs, target);
     }
   });
 }
