@@ -143,7 +143,6 @@ void gather_and_multiply(const Gather<T>& gather, int64_t G, int64_t M, const We
           }
           T* sums_of_panel = sums.data() + (terms.size() > 1 ? p - splits.begin(split) : 0) * most_sums;
           const bool in_place = rows_of_sums(places, channels, target.stride_c, sums_of_panel, rows);
-          const bool from_memory = slab.in_place() && p == splits.begin(split);
           const T* columns = packed.data() + (g * panels.padded() + panel.first) * depth + done * panel.width;
           for (const Terms::Run& run : some.runs) {
             if (!shared) {
@@ -152,7 +151,8 @@ void gather_and_multiply(const Gather<T>& gather, int64_t G, int64_t M, const We
             }
             const bool first = &some == &terms.front() && &run == &some.runs.front();
             multiply(pixels, source, offsets.data(), run.offsets, columns, panel.width, panel.width,
-                     first ? start : nullptr, rows.data(), from_memory);
+                     first ? start : nullptr, rows.data(),
+                     {slab.in_place() && p == splits.begin(split), first && in_place});
             columns += run.offsets.size() * panel.width;
           }
           if (!in_place && &some == &terms.back()) write_pixels(sums_of_panel, channels, places, target.stride_c);
@@ -373,7 +373,7 @@ void Direct::grad_weight(const Conv2dShape& shape, Strided4d<const T> grad, Stri
         task.part.slab.offsets_of_pixels(block, offsets);
         const auto of_grad = grad_columns(grad, task.g * M + task.panel.first, task.panel, block, columns.data());
         multiply(terms, source, task.part.terms.data(), offsets, of_grad.data, of_grad.stride, width,
-                 b == first ? zeros : nullptr, rows.data(), task.part.slab.in_place());
+                 b == first ? zeros : nullptr, rows.data(), {task.part.slab.in_place(), false});
       }
       if (chunks == 1) finish(task, sums);
     }

@@ -165,16 +165,10 @@ void unpack_weight(const T* sums, const Panel& panel, const std::vector<Tap>& ta
   });
 }
 
-// Asks for what rows [m, m + count) read and write, where each reads a run.
-template <class T>
-void prefetch_rows(const T* data, const int64_t* row, const std::vector<int64_t>& depth, T* const* sums, int64_t count,
-                   int64_t width) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t m = 0; m < count; ++m) {
-    for (size_t l = 0; l < depth.size(); l += kLine) __builtin_prefetch(data + row[m] + depth[l]);
-    for (int64_t j = 0; j < width; j += kLine) __builtin_prefetch(sums[m] + j, 1);
-  }
-}
+// Which operands of `multiply` are in no cache yet: a tile asks for the next one's.
+struct InMemory {
+  bool rows = false, sums = false;
+};
 
 // How many of the rows, of those that are evenly spaced from the first one on, the next tile takes: tiles of about the
 // same size.
@@ -185,18 +179,20 @@ inline int64_t evenly_spaced(const int64_t* row, int64_t count) {
 }
 
 // sums[m][j] += sum over l of data[row[m] + depth[l]] * columns[l][j], for vectors of columns that one tile takes; with
-// `start`, sums[m][j] = start[j] + ...; `from_memory`: rows of data are in no cache yet
+// `start`, sums[m][j] = start[j] + ...
 template <class T>
 void multiply(int64_t row_count, const T* data, const int64_t* row, const std::vector<int64_t>& depth, const T* columns,
-              int64_t column_stride, int64_t width, const T* start, T* const* sums, bool from_memory = false) {
+              int64_t column_stride, int64_t width, const T* start, T* const* sums, InMemory in_memory = {}) {
+  constexpr int64_t kLine = 64 / sizeof(T);
   const int64_t vectors = width / kLanes<T>, most = tile_rows(int(vectors)), terms = depth.size();
-  const bool prefetch = from_memory && terms <= kPrefetchTerms;
+  const int64_t prefetched_terms = in_memory.rows && terms <= kPrefetchTerms ? terms : 0;
+  const int64_t prefetched_width = in_memory.sums ? width : 0;
   for (int64_t m = 0, count = 0; m < row_count; m += count) {
     const int64_t even = vectors == 1 ? evenly_spaced(row + m, row_count - m) : 0;
     count = std::max(even, std::min(most, row_count - m));
-    if (prefetch) {
-      const int64_t next = m + count;
-      prefetch_rows(data, row + next, depth, sums + next, std::min(count, row_count - next), start != nullptr ? width : 0);
+    for (int64_t next = m + count; next < std::min(row_count, m + 2 * count); ++next) {
+      for (int64_t l = 0; l < prefetched_terms; l += kLine) __builtin_prefetch(data + row[next] + depth[l]);
+      for (int64_t j = 0; j < prefetched_width; j += kLine) __builtin_prefetch(sums[next] + j, 1);
     }
     if (even == count) {
       const EvenlySpaced<T> rows{data + row[m], even > 1 ? row[m + 1] - row[m] : 0, depth.data()};
