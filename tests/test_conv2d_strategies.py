@@ -79,21 +79,24 @@ class StrategyCase:
             )
 
         input, weight, bias = draw(*self.input), draw(*self.weight), draw(self.weight[0])
-        return input, weight, bias, draw(*self.exact(input, weight, bias).shape)
+        return input, weight, bias, draw(*self.by_torch(input.double(), weight.double(), bias.double()).shape)
 
-    def exact(self, input, weight, bias):
+    def by_torch(self, input, weight, bias):
         top, bottom, left, right = self.padding
-        padded = F.pad(input.double(), (left, right, top, bottom))
-        return F.conv2d(padded, weight.double(), bias.double(), self.stride, 0, self.dilation, self.groups)
+        padded = F.pad(input, (left, right, top, bottom))
+        return F.conv2d(padded, weight, bias, self.stride, 0, self.dilation, self.groups)
 
-    def exact_results(self, input, weight, bias, grad):
-        leaves = [t.double().requires_grad_() for t in (input, weight, bias)]
-        output = self.exact(*leaves)
-        return output.detach(), *torch.autograd.grad(output, leaves, grad.double())
+    def results_of_torch(self, input, weight, bias, grad):
+        leaves = [t.detach().requires_grad_() for t in (input, weight, bias)]
+        output = self.by_torch(*leaves)
+        return output.detach(), *torch.autograd.grad(output, leaves, grad)
 
-    def results(self, input, weight, bias, grad, strategy=None):
+    def exact_results(self, *tensors):
+        return self.results_of_torch(*(t.double() for t in tensors))
+
+    def results(self, input, weight, bias, grad):
         """output, grad_input, grad_weight, grad_bias by this strategy."""
-        number = STRATEGIES.index(strategy or self.strategy)
+        number = STRATEGIES.index(self.strategy)
         geometry = (self.stride, self.padding, self.dilation, self.groups)
         output = torch.ops.dlkernels.conv2d_by(number, input, weight, bias, *geometry)
         return output, *torch.ops.dlkernels.conv2d_backward_by(number, grad, input, weight, *geometry, [True] * 3)
@@ -137,6 +140,33 @@ def small_channels_cases():
     yield "no_images", (0, 3, 6, 17), 5, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)
 
 
+def small_groups_cases():
+    """Groups that fill a vector together, or do not: with channels side by side, some share a task."""
+    yield "2_groups_of_2", (2, 4, 9, 20), 6, 2, 1
+    yield "32_groups_of_4", (2, 128, 7, 18), 128, 32, 1
+    yield "6_groups_of_5", (2, 30, 9, 17), 12, 6, 1
+    yield "3_groups_of_16", (1, 48, 9, 17), 48, 3, 1
+    yield "8_groups_of_8_stride_2", (2, 64, 11, 19), 64, 8, 2
+    yield "groups_of_1_of_many_channels_out", (2, 3, 9, 17), 60, 3, 1
+
+
+def direct_cases():
+    """Channels gathered in parts, whole or not; blocks of few pixels; tiles of one vector; taps far apart in memory."""
+    yield "700_channels", (1, 700, 9, 9), 20, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)
+    yield "700_channels_stride_2", (2, 700, 14, 14), 72, (3, 3), (2, 2), (1, 1, 1, 1), (1, 1)
+    yield "700_channels_1x1", (2, 700, 9, 23), 20, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1)
+    yield "300_channels_5x5", (1, 300, 8, 30), 100, (5, 5), (1, 1), (2, 2, 2, 2), (1, 1)
+    yield "33_channels_out_of_runs", (1, 33, 20, 40), 10, (3, 3), (1, 1), (0, 0, 0, 0), (1, 1)
+    for columns in (1, 2, 7, 13, 14, 15, 28, 29):
+        yield f"{columns}_columns_of_one_vector", (2, 20, 3, columns), 16, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1)
+    yield "one_vector_stride_2", (2, 20, 9, 41), 12, (3, 3), (2, 2), (1, 1, 1, 1), (1, 1)
+    yield "strided_planes", (3, 40, 15, 22), 24, (3, 3), (2, 2), (1, 1, 1, 1), (1, 1)
+    yield "stride_1_2_planes", (2, 7, 9, 22), 5, (3, 3), (1, 2), (1, 1, 1, 1), (1, 1)
+    yield "stride_3_skips_in_planes", (2, 7, 10, 22), 5, (2, 2), (3, 3), (0, 0, 0, 0), (1, 1)
+    yield "many_strided_planes", (3, 70, 90, 90), 8, (1, 1), (2, 2), (0, 0, 0, 0), (1, 1)
+    yield "taps_far_apart", (1, 130, 9, 300), 20, (3, 3), (2, 2), (0, 0, 0, 0), (1, 1)
+
+
 STRATEGY_CASES = [
     StrategyCase("depthwise", name, input, (input[1], 1, *kernel), stride, padding, dilation, input[1])
     for name, input, kernel, stride, padding, dilation in depthwise_cases()
@@ -147,6 +177,14 @@ STRATEGY_CASES = [
 STRATEGY_CASES += [
     StrategyCase("small_channels", name, input, (K, input[1], *kernel), stride, padding, dilation, 1)
     for name, input, K, kernel, stride, padding, dilation in small_channels_cases()
+]
+STRATEGY_CASES += [
+    StrategyCase("small_channels", name, input, (K, input[1] // groups, 3, 3), (step, step), (1,) * 4, (1, 1), groups)
+    for name, input, K, groups, step in small_groups_cases()
+]
+STRATEGY_CASES += [
+    StrategyCase("direct", name, input, (K, input[1], *kernel), stride, padding, dilation, 1)
+    for name, input, K, kernel, stride, padding, dilation in direct_cases()
 ]
 each_strategy_case = pytest.mark.parametrize("case", STRATEGY_CASES, ids=lambda case: f"{case.strategy}-{case.name}")
 
@@ -167,9 +205,9 @@ def test_strategy_is_exact_for_small_integers(case, dtype, memory_format):
 def test_strategy_is_accurate(case, memory_format):
     tensors = case.make_tensors(torch.float32, FORMATS[memory_format])
     exact = case.exact_results(*tensors)
-    by_direct = case.results(*tensors, strategy="direct")
+    by_torch = case.results_of_torch(*tensors)
     for name, ours, theirs, expected in zip(
-        ("output", *GRADIENTS), case.results(*tensors), by_direct, exact, strict=True
+        ("output", *GRADIENTS), case.results(*tensors), by_torch, exact, strict=True
     ):
         compare(ours, theirs, expected, torch.float32, gradient=name != "output", name=name)
 
@@ -220,8 +258,8 @@ def test_depthwise_refuses_other_groups(groups, channels_out):
         torch.ops.dlkernels.conv2d_by(number, input, weight, None, (1, 1), (1,) * 4, (1, 1), groups)
 
 
-@pytest.mark.parametrize(("channels", "groups"), [(17, 1), (4, 2)])
-def test_small_channels_refuses_many_channels_and_groups(channels, groups):
+@pytest.mark.parametrize(("channels", "groups"), [(17, 1), (34, 2)])
+def test_small_channels_refuses_groups_of_many_channels(channels, groups):
     input, weight = torch.randn(1, channels, 6, 6), torch.randn(4, channels // groups, 3, 3)
     number = STRATEGIES.index("small_channels")
     with pytest.raises(RuntimeError, match="strategy cannot do this shape"):

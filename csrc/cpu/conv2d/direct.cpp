@@ -368,8 +368,8 @@ void Direct::grad_weight(const Conv2dShape& shape, Strided4d<const T> grad, Stri
       const int64_t blocks_of_part = task.part.slab.blocks(), first = blocks_of_part * chunk / chunks;
       for (int64_t b = first; b < blocks_of_part * (chunk + 1) / chunks; ++b) {
         const Block block = task.part.slab.block(b);
-        const T* source = task.part.slab.gather(task.g * gather.D + task.part.first, task.part.gather.D, block,
-                                                memory.data());
+        const T* source =
+            task.part.slab.gather(task.g * gather.D + task.part.first, task.part.gather.D, block, memory.data());
         task.part.slab.offsets_of_pixels(block, offsets);
         const auto of_grad = grad_columns(grad, task.g * M + task.panel.first, task.panel, block, columns.data());
         multiply(terms, source, task.part.terms.data(), offsets, of_grad.data, of_grad.stride, width,

@@ -187,7 +187,8 @@ class Slab {
             image_cuts_.length(n), row_cuts_.length(i), column_cuts_.length(j)};
   }
 
-  // The block's slab of channels [channel, channel + count), at most D: slab[x + l] is what pixel x reads through term l.
+  // The block's slab of channels [channel, channel + count), at most D: slab[x + l] is what pixel x reads through term
+  // l.
   const T* gather(int64_t channel, int64_t count, const Block& block, T* memory) const {
     if (in_place_) {
       return &gather_.source.at(block.n, channel, rows_.source(block.i, 0), columns_.source(block.j, 0));

@@ -5,10 +5,10 @@
 // with h = p*stride_h - pad_top + r*dilation_h and w alike. Both are one sum: M target channels, D source channels, of
 // each group.
 //
-// Who owns what: a task owns a block of rows of one image, for all M of one group or some. It packs the rows that it reads of all D channels
-// into padded planes that stay in the second cache, and sums tiles of rows and target channels along the columns: a
-// source vector serves up to R rows of up to kTileChannels channels each. Passes over memory: each image is read and
-// written once for each phase. Sums run in blocks of at most kBlockTerms, which are added in order.
+// Who owns what: a task owns a block of rows of one image, for all M of one group or some. It packs the rows that it
+// reads of all D channels into padded planes that stay in the second cache, and sums tiles of rows and target channels
+// along the columns: a source vector serves up to R rows of up to kTileChannels channels each. Passes over memory: each
+// image is read and written once for each phase. Sums run in blocks of at most kBlockTerms, which are added in order.
 #include "small_channels.h"
 
 #include <algorithm>
