@@ -202,15 +202,17 @@ class Tiles {
 
   // `origin` is the area's first pixel
   void add_pixels(const Part& part, const Area& area, const float* origin, int64_t stride_h, int64_t stride_w) {
+    pixels_.resize(pixels_.size() + part.rows * part.columns * SIZE * SIZE);
+    const float** pixel = pixels_.data() + pixels_.size() - part.rows * part.columns * SIZE * SIZE;
     for (int64_t i = part.i; i < part.i + part.rows; ++i) {
-      for (int64_t j = part.j; j < part.j + part.columns; ++j) {
-        for (int64_t r = 0; r < SIZE; ++r) {
-          const int64_t h = 2 * i + r - tiling_.pad_top - area.h;
-          for (int64_t s = 0; s < SIZE; ++s) {
-            const int64_t w = 2 * j + s - tiling_.pad_left - area.w;
-            const bool inside = h >= 0 && h < area.rows && w >= 0 && w < area.columns;
-            pixels_.push_back(inside ? origin + h * stride_h + w * stride_w : zeros_.data());
-          }
+      const int64_t h = 2 * i - tiling_.pad_top - area.h;
+      for (int64_t j = part.j; j < part.j + part.columns; ++j, pixel += SIZE * SIZE) {
+        const int64_t w = 2 * j - tiling_.pad_left - area.w;
+        const bool whole = h >= 0 && h + SIZE <= area.rows && w >= 0 && w + SIZE <= area.columns;
+        for (int64_t x = 0; x < SIZE * SIZE; ++x) {
+          const int64_t y = h + x / SIZE, z = w + x % SIZE;
+          const bool inside = whole || (y >= 0 && y < area.rows && z >= 0 && z < area.columns);
+          pixel[x] = inside ? origin + y * stride_h + z * stride_w : zeros_.data();
         }
       }
     }
