@@ -24,7 +24,7 @@ namespace {
 
 constexpr int64_t kTaskWork = 1 << 17;       // multiply-adds, 2.4 us, below which a second thread does not pay
 constexpr int64_t kMoveWork = 16;            // multiply-adds in the time in which a number is moved
-constexpr int64_t kStepWork = 1 << 16;       // multiply-adds of a step, below which threads that share it do not pay
+constexpr int64_t kStepWork = 1 << 15;       // multiply-adds of a step, below which threads that share it do not pay
 constexpr int64_t kCacheBytes = 1 << 20;     // of weights that stay in a core's cache from step to step
 constexpr int64_t kLeastSlice = 2;           // sequences of a slice: a weight must serve two once it is loaded
 constexpr int64_t kBlockRows = 128;          // rows of x, or of u, multiplied at once
