@@ -80,6 +80,26 @@ bool rows_of_sums(const std::vector<T*>& places, const Panel& channels, int64_t 
   return false;
 }
 
+// The weights of all terms: those of group g and panel p at packed + (g * panels.padded() + p's first column) * terms.
+template <class T, class WeightOf>
+void pack_weights(const Gather<T>& gather, int64_t G, const std::vector<Terms>& terms, const PanelCuts<T>& panels,
+                  const WeightOf& weight_of, T* packed) {
+  const int64_t depth = gather.terms();
+  parallel_for(G * panels.count(), grain_of(depth * kPanelVectors * kLanes<T>), [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t g = task / panels.count();
+      const Panel panel = panels[task % panels.count()];
+      T* to = packed + (g * panels.padded() + panel.first) * depth;
+      for (const Terms& some : terms) {
+        for (const Terms::Run& run : some.runs) {
+          pack_weight(weight_of(g), panel, gather.taps, run.d, run.count, to);
+          to += run.offsets.size() * panel.width;
+        }
+      }
+    }
+  });
+}
+
 // target[n, g*M + m, i, j] = bias[g*M + m] + sum over d, tap of weight[g*M + m, d, tap] * gathered source; weight_of(g)
 // is the group's WeightView
 template <class T, class WeightOf>
@@ -99,21 +119,7 @@ void gather_and_multiply(const Gather<T>& gather, int64_t G, int64_t M, const We
   const int64_t blocks = slab.blocks();
   const bool shared = blocks > 1;
   Scratch<T> packed(shared ? G * depth * panels.padded() : 0);
-  if (shared) {
-    parallel_for(G * panels.count(), grain_of(depth * kPanelVectors * kLanes<T>), [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t g = task / panels.count();
-        const Panel panel = panels[task % panels.count()];
-        T* to = packed.data() + (g * panels.padded() + panel.first) * depth;
-        for (const Terms& some : terms) {
-          for (const Terms::Run& run : some.runs) {
-            pack_weight(weight_of(g), panel, gather.taps, run.d, run.count, to);
-            to += run.offsets.size() * panel.width;
-          }
-        }
-      }
-    });
-  }
+  if (shared) pack_weights(gather, G, terms, panels, weight_of, packed.data());
 
   const Pieces splits = split_evenly(panels.count(), G * blocks);
   const int64_t products = slab.most_pixels() * splits.most() * kPanelVectors * kLanes<T> * depth;

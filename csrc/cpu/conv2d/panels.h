@@ -126,11 +126,21 @@ void pack_weight(const WeightView<const T>& weight, const Panel& panel, const st
     return;
   }
   for_each_run(view, taps, d_begin, d_count, [&](const T* from, const int64_t* row, int64_t count) {
+    const int64_t wanted = std::count_if(row, row + count, [](int64_t l) { return l >= 0; });
+    if (2 * wanted <= count) {  // some taps of a kernel: copied one by one, not all of them transposed
+      for (int64_t q = 0; q < count; ++q) {
+        if (row[q] < 0) continue;
+        T* to = packed + row[q] * panel.width;
+        for (int64_t j = 0; j < panel.count; ++j) to[j] = from[j * view.stride_m + q];
+        std::fill(to + panel.count, to + panel.width, T(0));
+      }
+      return;
+    }
     for (int64_t j = 0; j < panel.width; j += L) {
       const int64_t columns = std::clamp<int64_t>(panel.count - j, 0, L);
       for (int64_t q = 0; q < count; q += L) {
-        Vector<T> block[L] = {};
         const int64_t lanes = std::min(L, count - q);
+        Vector<T> block[L] = {};
         for (int64_t i = 0; i < columns; ++i) block[i] = load_as<T>(from + (j + i) * view.stride_m + q, lanes);
         transpose<T>(block);
         for (int64_t i = 0; i < lanes; ++i) {
