@@ -85,7 +85,7 @@ inline void sum_tile(int64_t depth, const EvenlySpaced<T>& rows, const T* column
   for (int64_t l = 0; l < depth; ++l, columns += column_stride) {
     const Vector<T> column = load_vector(columns);
     const char* row = (const char*)(rows.data + rows.depth[l]);
-#pragma GCC unroll 18
+#pragma GCC unroll 16
     for (int m = 0; m < ROWS; ++m) {
       tile[m][0] += *(const T*)(row + steps[m % 4]) * column;
       if (m % 4 == 3) row += 4 * step;
@@ -97,7 +97,7 @@ inline void sum_tile(int64_t depth, const EvenlySpaced<T>& rows, const T* column
 // Vector by vector: an initialiser becomes a loop over memory, and with it the tile would live there.
 template <int ROWS, int VECTORS, class V>
 inline void clear_tile(V (&tile)[ROWS][VECTORS]) {
-#pragma GCC unroll 18
+#pragma GCC unroll 16
   for (int m = 0; m < ROWS; ++m) {
 #pragma GCC unroll 8
     for (int v = 0; v < VECTORS; ++v) tile[m][v] = V{};
@@ -136,7 +136,7 @@ void multiply_scattered_tile(int64_t depth, const Rows& rows, const T* columns, 
   Vector<T> tile[ROWS][VECTORS];
   clear_tile(tile);
   sum_tile(depth, rows, columns, column_stride, tile);
-#pragma GCC unroll 18
+#pragma GCC unroll 16
   for (int m = 0; m < ROWS; ++m) {
     for (int v = 0; v < VECTORS; ++v) {
       T* sum = sums[m] + v * kLanes<T>;

@@ -84,18 +84,19 @@ bool rows_of_sums(const std::vector<T*>& places, const Panel& channels, int64_t 
 template <class T, class WeightOf>
 void pack_weights(const Gather<T>& gather, int64_t G, const std::vector<Terms>& terms, const PanelCuts<T>& panels,
                   const WeightOf& weight_of, T* packed) {
-  const int64_t depth = gather.terms();
-  parallel_for(G * panels.count(), grain_of(depth * kPanelVectors * kLanes<T>), [&](int64_t begin, int64_t end) {
+  std::vector<const Terms::Run*> runs;
+  for (const Terms& some : terms) {
+    for (const Terms::Run& run : some.runs) runs.push_back(&run);
+  }
+  const int64_t count = runs.size(), depth = gather.terms(), taps = gather.taps.size();
+  const int64_t products = depth / count * kPanelVectors * kLanes<T>;
+  parallel_for(G * panels.count() * count, grain_of(products), [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t g = task / panels.count();
-      const Panel panel = panels[task % panels.count()];
-      T* to = packed + (g * panels.padded() + panel.first) * depth;
-      for (const Terms& some : terms) {
-        for (const Terms::Run& run : some.runs) {
-          pack_weight(weight_of(g), panel, gather.taps, run.d, run.count, to);
-          to += run.offsets.size() * panel.width;
-        }
-      }
+      const Terms::Run& run = *runs[task % count];
+      const int64_t g = task / count / panels.count();
+      const Panel panel = panels[task / count % panels.count()];
+      T* to = packed + (g * panels.padded() + panel.first) * depth + run.d * taps * panel.width;
+      pack_weight(weight_of(g), panel, gather.taps, run.d, run.count, to);
     }
   });
 }
@@ -158,7 +159,7 @@ void gather_and_multiply(const Gather<T>& gather, int64_t G, int64_t M, const We
             const bool first = &some == &terms.front() && &run == &some.runs.front();
             multiply(pixels, source, offsets.data(), run.offsets, columns, panel.width, panel.width,
                      first ? start : nullptr, rows.data(),
-                     {slab.in_place() && p == splits.begin(split), first && in_place});
+                     {.rows = slab.in_place() && p == splits.begin(split), .sums = first && in_place});
             columns += run.offsets.size() * panel.width;
           }
           if (!in_place && &some == &terms.back()) write_pixels(sums_of_panel, channels, places, target.stride_c);
@@ -199,6 +200,7 @@ Gather<T> gather_grad(const Conv2dShape& shape, const Strided4d<const T>& grad, 
       }
     }
   }
+  if (gather.taps.empty()) gather.D = 0;  // nothing is read
   return gather;
 }
 
@@ -379,7 +381,7 @@ void Direct::grad_weight(const Conv2dShape& shape, Strided4d<const T> grad, Stri
         task.part.slab.offsets_of_pixels(block, offsets);
         const auto of_grad = grad_columns(grad, task.g * M + task.panel.first, task.panel, block, columns.data());
         multiply(terms, source, task.part.terms.data(), offsets, of_grad.data, of_grad.stride, width,
-                 b == first ? zeros : nullptr, rows.data(), {task.part.slab.in_place(), false});
+                 b == first ? zeros : nullptr, rows.data(), {.rows = task.part.slab.in_place() && input.stride_c != 1});
       }
       if (chunks == 1) finish(task, sums);
     }

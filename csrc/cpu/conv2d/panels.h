@@ -27,9 +27,8 @@ inline int64_t grain_of(int64_t products_per_task) {
 // `items` of each of `blocks` cut so that there are enough tasks, and about as many for every thread. `thread_count`
 // decides on speed alone: what is computed for an item does not depend on the cut.
 inline Pieces split_evenly(int64_t items, int64_t blocks) {
-  const auto longest = [&](int64_t splits) {
-    return ceil_div(blocks * splits, thread_count()) * ceil_div(items, splits);
-  };
+  const int64_t threads = thread_count();
+  const auto longest = [&](int64_t splits) { return ceil_div(blocks * splits, threads) * ceil_div(items, splits); };
   const int64_t least =
       std::clamp<int64_t>(ceil_div(kEnoughTasks, std::max<int64_t>(1, blocks)), 1, std::max<int64_t>(1, items));
   int64_t best = least;

@@ -125,14 +125,15 @@ void multiply_pixels(int64_t pixels, int64_t G, int64_t M, int64_t D, const Pixe
       pack_pixels(source, g * D, D, panel, columns.data());
       rows.resize(channels);
       const bool in_place = rows_of_sums(target, channel, panel, sums.data(), rows);
-      for (int64_t m = 0; m < channels && (bias != nullptr || D == 0); ++m) {
+      const bool begun = bias != nullptr || D == 0;  // else the first block writes sums instead of adding to them
+      for (int64_t m = 0; begun && m < channels; ++m) {
         std::fill_n(rows[m], panel.width, bias != nullptr ? bias[(channel + m) * bias_stride] : T(0));
       }
       const T* from = matrix.data + g * matrix.stride_g + splits.begin(split) * matrix.stride_m;
       const T* block = columns.data();
       for (size_t b = 0; b < depth.size(); ++b) {
         multiply<T>(channels, from, offsets.data(), depth[b], block, panel.width, panel.width,
-                    b == 0 && bias == nullptr ? zeros : nullptr, rows.data(), {false, b == 0 && in_place});
+                    b == 0 && !begun ? zeros : nullptr, rows.data(), {.sums = b == 0 && in_place});
         block += cuts.length(b) * panel.width;
       }
       if (!in_place) unpack_pixels(sums.data(), channel, channels, panel, target);

@@ -29,6 +29,7 @@ namespace {
 constexpr int kTileChannels = kVectorRegisters == 32 ? 4 : 2;  // target channels that share source vectors
 constexpr int64_t kTileRows = 4;                               // rows that do
 constexpr int64_t kOneChannelRows = 8;     // rows of a tile of one channel, else too few sums run side by side
+constexpr int64_t kPackProducts = 32;      // multiply-adds in the time in which a weight is packed
 constexpr int64_t kBlockBytes = 96 << 10;  // of a task's planes and results, in the second cache
 
 // ---- kernels -------------------------------------------------------------------------------------
@@ -298,7 +299,9 @@ void sum_phase(const Sums<T>& sums, const Axis& h, const Axis& w) {
   const Pieces tiles(sums.M, kTileChannels);
   const int64_t group_factors = sums.M * sums.D * h.taps * w.taps, channels = sums.G * sums.M;
   Scratch<T> factors(sums.G * group_factors), offsets(channels);
-  for (int64_t g = 0; g < sums.G; ++g) pack_factors(sums, g, h, w, tiles, factors.data() + g * group_factors);
+  parallel_for(sums.G, grain_of(kPackProducts * group_factors), [&](int64_t begin, int64_t end) {
+    for (int64_t g = begin; g < end; ++g) pack_factors(sums, g, h, w, tiles, factors.data() + g * group_factors);
+  });
   for (int64_t m = 0; m < channels; ++m)
     offsets.data()[m] = sums.bias == nullptr ? T(0) : sums.bias[m * sums.bias_stride];
   const int64_t blocks = packing.blocks(), pitch = packing.result_pitch();
