@@ -21,6 +21,8 @@ namespace {
 
 constexpr int64_t kTaskElements = 1 << 14;       // some 5 us of work, below which a second thread does not pay
 constexpr int64_t kSumBlock = 4096;              // features summed in float before their sum goes on in double
+constexpr int64_t kPrefixBlock = 64;             // a row's prefix is a multiple of so many features
+constexpr int64_t kPrefixShare = 16;             // ... that holds at least so small a part of the kept ones
 constexpr int64_t kMostStretches = 16;           // partial rows of the parameters' gradients
 constexpr int kGroupRows = 8;                    // rows whose share of a parameter's gradient is summed in a register
 constexpr int64_t kGroupElements = 1 << 12;      // of rows normalised together: they stay in the first cache
@@ -49,8 +51,8 @@ struct Features {
     }
     scale = times_s(in.weight, A(1), own_scale_);
     prefix = kept_in_prefix = 0;
-    while (prefix < M && kept_in_prefix < std::max(kSumBlock, kept / 16)) {
-      const int64_t end = std::min(M, prefix + kSumBlock);
+    while (prefix < M && kPrefixShare * kept_in_prefix < kept) {
+      const int64_t end = std::min(M, prefix + kPrefixBlock);
       kept_in_prefix += mask == nullptr ? end - prefix : count_set(mask + prefix, end - prefix);
       prefix = end;
     }
@@ -99,7 +101,8 @@ struct Features {
 // nothing is dropped there is nothing to mask.
 template <bool DROPS, class A>
 struct Whole {
-  const Features<A>& features;
+  const int8_t* mask;
+  explicit Whole(const Features<A>& features) : mask(features.mask) {}
   template <class T>
   Vector<A> load(const T* row, int64_t i) const {
     return load_as<A>(row + i);
@@ -108,12 +111,8 @@ struct Whole {
   void store(T* row, int64_t i, Vector<A> value) const {
     store_as<A>(row + i, value);
   }
-  template <class T>
-  void write(T* row, int64_t i, Vector<A> value, bool stream) const {
-    stream ? stream_as<A>(row + i, value) : store_as<A>(row + i, value);
-  }
   Vector<A> kept(Vector<A> x, int64_t i) const {
-    if constexpr (DROPS) return where<A>(load_mask<A>(features.mask + i), x);
+    if constexpr (DROPS) return where<A>(load_mask<A>(mask + i), x);
     return x;
   }
 };
@@ -131,10 +130,6 @@ struct Tail {
   void store(T* row, int64_t i, Vector<A> value) const {
     store_first_as<A>(row + i, count, value);
   }
-  template <class T>
-  void write(T* row, int64_t i, Vector<A> value, bool) const {
-    store(row, i, value);
-  }
   Vector<A> kept(Vector<A> x, int64_t i) const {
     if constexpr (DROPS) return where<A>(load_mask<A>(features.mask + i), x);
     return where<A>(first_lanes<A>(count), x);
@@ -143,11 +138,11 @@ struct Tail {
 
 // ---- kernels: a row ------------------------------------------------------------------------------------
 
-// Calls run(i, at) for every vector of a row, `at` being how to reach it.
+// Calls run(i, at) for every vector of a row, from `begin` on, `at` being how to reach it.
 template <bool DROPS, class A, class Run>
-inline void for_each_vector(const Features<A>& features, const Run& run) {
+inline void for_each_vector(const Features<A>& features, int64_t begin, const Run& run) {
   const int64_t whole = features.M / kLanes<A> * kLanes<A>;
-  for (int64_t i = 0; i < whole; i += kLanes<A>) run(i, Whole<DROPS, A>{features});
+  for (int64_t i = begin; i < whole; i += kLanes<A>) run(i, Whole<DROPS, A>(features));
   if (whole < features.M) run(whole, Tail<DROPS, A>{features, features.M - whole});
 }
 
@@ -166,9 +161,9 @@ inline std::array<double, COUNT> sum(const Features<A>& features, int64_t count,
     Vector<A> sums[kChains][COUNT] = {};
     int64_t i = begin;
     for (; i + kChains * L <= end; i += kChains * L) {
-      for (int chain = 0; chain < kChains; ++chain) term(i + chain * L, Whole<DROPS, A>{features}, sums[chain]);
+      for (int chain = 0; chain < kChains; ++chain) term(i + chain * L, Whole<DROPS, A>(features), sums[chain]);
     }
-    for (; i < end; i += L) term(i, Whole<DROPS, A>{features}, sums[0]);
+    for (; i < end; i += L) term(i, Whole<DROPS, A>(features), sums[0]);
     if (end == whole && whole < count && count - begin <= kSumBlock) {
       term(whole, Tail<DROPS, A>{features, count - whole}, sums[1]);
     }
@@ -252,12 +247,16 @@ void statistics(Row<T, A>* rows, int count, const Features<A>& features, double 
 
 // y[i] = (x[i] - mean) * rstd * scale[i] + shift[i]
 template <bool DROPS, class T, class A>
-void normalise(const Row<T, A>& row, const Features<A>& features, const A* shift, T* y, bool stream) {
-  for_each_vector<DROPS>(features, [&](int64_t i, const auto& at) {
+void normalise(const Row<T, A> row, const Features<A>& features, const A* shift, T* y, bool stream) {
+  const auto value = [row, scale = features.scale, shift](int64_t i, const auto& at) {
     const Vector<A> h = (at.load(row.x, i) - row.mean) * row.rstd;
-    const Vector<A> value = h * at.load(features.scale, i) + at.load(shift, i);
-    at.write(y, i, at.kept(value, i), stream);
-  });
+    return at.kept(h * at.load(scale, i) + at.load(shift, i), i);
+  };
+  constexpr int64_t L = kLanes<A>;
+  const Whole<DROPS, A> whole(features);
+  int64_t i = 0;
+  for (; stream && i + 2 * L <= features.M; i += 2 * L) stream_two<A>(y + i, value(i, whole), value(i + L, whole));
+  for_each_vector<DROPS>(features, i, [&](int64_t i, const auto& at) { at.store(y, i, value(i, at)); });
 }
 
 // ---- kernels: a group of rows, backward ----------------------------------------------------------------
@@ -333,6 +332,7 @@ inline void grad_of_columns(const GradRow<T, A>* rows, int count, const Features
   for (int v = 0; v < VECTORS; ++v) scale[v] = at.load(features.scale, i + v * L);
   for (int n = 0; n < count; ++n) {
     const GradRow<T, A> row = rows[n];
+    Vector<A> grad_x[VECTORS];
     for (int v = 0; v < VECTORS; ++v) {
       const int64_t j = i + v * L;
       const Vector<A> h = (at.load(row.x, j) - row.mean) * row.rstd, dy = at.load(row.dy, j);
@@ -342,9 +342,19 @@ inline void grad_of_columns(const GradRow<T, A>* rows, int count, const Features
       }
       weight_sum[v] += dy * h;
       bias_sum[v] += dy;
-      if (row.grad_x == nullptr) continue;
       const Vector<A> grad_h = dy * scale[v] - (row.mean_g + h * row.mean_gh);
-      at.write(row.grad_x, j, at.kept(grad_h * row.rstd, j), stream);
+      grad_x[v] = at.kept(grad_h * row.rstd, j);
+    }
+    if (row.grad_x == nullptr) continue;
+    for (int v = 0; v < VECTORS; v += 2) {
+      if constexpr (VECTORS > 1) {
+        if (stream) {
+          stream_two<A>(row.grad_x + i + v * L, grad_x[v], grad_x[v + 1]);
+          continue;
+        }
+        at.store(row.grad_x, i + (v + 1) * L, grad_x[v + 1]);
+      }
+      at.store(row.grad_x, i + v * L, grad_x[v]);
     }
   }
   for (int v = 0; v < VECTORS; ++v) {
@@ -364,10 +374,10 @@ void grad_of_group(const GradRow<T, A>* rows, int count, const Features<A>& feat
   const int64_t M = features.M, whole = M / L * L;
   int64_t i = 0;
   for (; i + kWide * L <= whole; i += kWide * L) {
-    grad_of_columns<DROPS, kWide>(rows, count, features, i, Whole<DROPS, A>{features}, sums, stream);
+    grad_of_columns<DROPS, kWide>(rows, count, features, i, Whole<DROPS, A>(features), sums, stream);
   }
   for (; i < whole; i += L) {
-    grad_of_columns<DROPS, 1>(rows, count, features, i, Whole<DROPS, A>{features}, sums, stream);
+    grad_of_columns<DROPS, 1>(rows, count, features, i, Whole<DROPS, A>(features), sums, stream);
   }
   if (i < M) {
     grad_of_columns<DROPS, 1>(rows, count, features, i, Tail<DROPS, A>{features, M - i}, sums, stream);
@@ -382,9 +392,8 @@ int64_t rows_of_group(int64_t elements, int64_t M) {
 // Whether a result of the input's shape is written past the caches: it does not fit, and rows are whole vectors.
 template <class T>
 bool goes_past_cache(const DropNormShape& shape, const T* result) {
-  constexpr int64_t kAlignment = kLanes<Accumulate<T>> * sizeof(T);
   const int64_t row_bytes = shape.M * sizeof(T);
-  return shape.N * row_bytes >= kStreamBytes && row_bytes % kAlignment == 0 && uintptr_t(result) % kAlignment == 0;
+  return shape.N * row_bytes >= kStreamBytes && row_bytes % kVectorBytes == 0 && uintptr_t(result) % kVectorBytes == 0;
 }
 
 int64_t rows_of_task(int64_t M) { return std::max<int64_t>(1, kTaskElements / std::max<int64_t>(1, M)); }

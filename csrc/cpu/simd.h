@@ -206,31 +206,34 @@ inline void store_as(T* to, Vector<A> vector) {
   }
 }
 
-// As store_as, past the caches: a result that is too large to stay there is not read into them first. `to` is aligned
-// to kVectorBytes (half of that for 16-bit numbers); write_streams() must follow before another thread reads.
+inline void stream_vector(void* to, Vector<float> vector) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps((float*)to, (__m512)vector);
+#elif defined(__AVX__)
+  _mm256_stream_ps((float*)to, (__m256)vector);
+#elif defined(__SSE2__)
+  _mm_stream_ps((float*)to, (__m128)vector);
+#else
+  memcpy(to, &vector, sizeof vector);
+#endif
+}
+
+template <int... LANE>
+inline Vector<float> beside(Patterns first, Patterns second, std::integer_sequence<int, LANE...>) {
+  return (Vector<float>)__builtin_shufflevector(first, second, LANE...);
+}
+
+// Two vectors, as store_as, past the caches: a result that is too large to stay there is not read into them first.
+// Two, so that 16-bit numbers fill a whole line, too. `to` is aligned to kVectorBytes; write_streams() must follow
+// before another thread reads.
 template <class A, class T>
-inline void stream_as(T* to, Vector<A> vector) {
-#if defined(__SSE2__)
+inline void stream_two(T* to, Vector<A> first, Vector<A> second) {
   if constexpr (std::is_same_v<A, T>) {
-#if defined(__AVX512F__)
-    _mm512_stream_si512((__m512i*)to, (__m512i)vector);
-#elif defined(__AVX2__)
-    _mm256_stream_si256((__m256i*)to, (__m256i)vector);
-#else
-    _mm_stream_si128((__m128i*)to, (__m128i)vector);
-#endif
+    stream_vector(to, (Vector<float>)first);
+    stream_vector(to + kLanes<A>, (Vector<float>)second);
   } else {
-#if defined(__AVX512F__)
-    _mm256_stream_si256((__m256i*)to, (__m256i)narrow(vector, T{}));
-#elif defined(__AVX2__)
-    _mm_stream_si128((__m128i*)to, (__m128i)narrow(vector, T{}));
-#else
-    store_as<A>(to, vector);
-#endif
+    stream_vector(to, beside(narrow(first, T{}), narrow(second, T{}), std::make_integer_sequence<int, 2 * kLanes<A>>{}));
   }
-#else
-  store_as<A>(to, vector);
-#endif
 }
 
 inline void write_streams() {
