@@ -178,7 +178,7 @@ inline std::array<double, COUNT> sum(const Features<A>& features, int64_t count,
 
 template <class T, class A>
 struct Row {
-  const T* x;
+  const T *x, *next_x;  // its features, and those of the row in its place in the next group
   A mean = 0, rstd = 0;
 };
 
@@ -255,7 +255,11 @@ void normalise(const Row<T, A> row, const Features<A>& features, const A* shift,
   constexpr int64_t L = kLanes<A>;
   const Whole<DROPS, A> whole(features);
   int64_t i = 0;
-  for (; stream && i + 2 * L <= features.M; i += 2 * L) stream_two<A>(y + i, value(i, whole), value(i + L, whole));
+  for (; stream && i + 2 * L <= features.M; i += 2 * L) {
+    __builtin_prefetch(row.next_x + i, 0, 2);
+    if constexpr (sizeof(T) == sizeof(A)) __builtin_prefetch(row.next_x + i + L, 0, 2);
+    stream_two<A>(y + i, value(i, whole), value(i + L, whole));
+  }
   for_each_vector<DROPS>(features, i, [&](int64_t i, const auto& at) { at.store(y, i, value(i, at)); });
 }
 
@@ -265,7 +269,7 @@ void normalise(const Row<T, A> row, const Features<A>& features, const A* shift,
 template <class T, class A>
 struct GradRow : Row<T, A> {
   const T* dy;
-  const T *next_x, *next_dy;
+  const T* next_dy;
   T* grad_x;                  // null: not wanted
   A mean_g = 0, mean_gh = 0;  // sum g / K,  sum (g*h) / K
 };
@@ -440,7 +444,10 @@ struct CpuDropNorm : CpuKernels {
         for (int64_t n = begin; n < end; n += group) {
           Row<T, A> rows[kGroupRows];
           const int count = int(std::min(group, end - n));
-          for (int i = 0; i < count; ++i) rows[i].x = in.input + (n + i) * in.row_stride;
+          for (int i = 0; i < count; ++i) {
+            rows[i].x = in.input + (n + i) * in.row_stride;
+            rows[i].next_x = rows[i].x + group * in.row_stride;
+          }
           statistics<drops>(rows, count, features, shape.eps);
           for (int i = 0; i < count; ++i) {
             normalise<drops>(rows[i], features, shift, output + (n + i) * shape.M, stream);
