@@ -20,6 +20,7 @@ namespace {
 // ---- tuning constants ----------------------------------------------------------------------------
 
 constexpr int64_t kTaskElements = 1 << 14;       // some 5 us of work, below which a second thread does not pay
+constexpr int64_t kTaskParameters = 1 << 16;     // ... that are only read once and written
 constexpr int64_t kSumBlock = 4096;              // features summed in float before their sum goes on in double
 constexpr int64_t kPrefixBlock = 64;             // a row's prefix is a multiple of so many features
 constexpr int64_t kPrefixShare = 16;             // ... that holds at least so small a part of the kept ones
@@ -65,7 +66,7 @@ struct Features {
       if (parameter != nullptr && mask == nullptr) return parameter;
     }
     A* result = own.emplace(M).data();
-    parallel_for(M, kTaskElements, [&](int64_t begin, int64_t end) {
+    parallel_for(M, kTaskParameters, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i += kLanes<A>) {
         const int64_t count = std::min<int64_t>(kLanes<A>, end - i);
         Vector<A> value = Vector<A>{} + otherwise;
@@ -416,7 +417,7 @@ void sum_rows(const A* partial, int64_t rows, int64_t stride, A s, P* result, in
 // The gradients of the parameters, each null where it is not wanted, from the sums of the stretches: (stretches, 2, M).
 template <class P, class A>
 void sum_stretches(const A* sums, int64_t stretches, int64_t M, A s, P* grad_weight, P* grad_bias) {
-  parallel_for(M, kTaskElements / stretches, [&](int64_t begin, int64_t end) {
+  parallel_for(M, kTaskParameters / stretches, [&](int64_t begin, int64_t end) {
     if (grad_weight != nullptr) sum_rows(sums, stretches, 2 * M, s, grad_weight, begin, end);
     if (grad_bias != nullptr) sum_rows(sums + M, stretches, 2 * M, s, grad_bias, begin, end);
   });
