@@ -23,7 +23,7 @@ constexpr int64_t kTaskElements = 1 << 14;       // some 5 us of work, below whi
 constexpr int64_t kTaskParameters = 1 << 16;     // ... that are only read once and written
 constexpr int64_t kSumBlock = 4096;              // features summed in float before their sum goes on in double
 constexpr int64_t kPrefixBlock = 64;             // a row's prefix is a multiple of so many features
-constexpr int64_t kPrefixShare = 16;             // ... that holds at least so small a part of the kept ones
+constexpr int64_t kPrefixKept = 16;              // ... of which at least so many are kept, where a row has them
 constexpr int64_t kMostStretches = 16;           // partial rows of the parameters' gradients
 constexpr int kGroupRows = 8;                    // rows whose share of a parameter's gradient is summed in a register
 constexpr int64_t kGroupElements = 1 << 12;      // of rows normalised together: they stay in the first cache
@@ -34,8 +34,8 @@ constexpr int64_t kBlockRows = 64;  // rows summed before their sum goes on: lon
 // ---- kernels: the features, as the loops want them ---------------------------------------------------
 
 // scale = s*weight (M), 0 where dropped; mask has all bits set where kept, none where dropped and behind the last
-// feature, and exists only where a feature may be dropped. The first `prefix` features hold at least a sixteenth of the
-// kept ones.
+// feature, and exists only where a feature may be dropped. The first `prefix` features are those that a row's shift is
+// made of.
 template <class A>
 struct Features {
   int64_t M, kept, prefix, kept_in_prefix;
@@ -52,7 +52,7 @@ struct Features {
     }
     scale = times_s(in.weight, A(1), own_scale_);
     prefix = kept_in_prefix = 0;
-    while (prefix < M && kPrefixShare * kept_in_prefix < kept) {
+    while (prefix < M && kept_in_prefix < std::min(kept, kPrefixKept)) {
       const int64_t end = std::min(M, prefix + kPrefixBlock);
       kept_in_prefix += mask == nullptr ? end - prefix : count_set(mask + prefix, end - prefix);
       prefix = end;
@@ -199,7 +199,7 @@ void statistics_in_double(Row<T, A>& row, const Features<A>& features, double ep
   row.rstd = A(1 / std::sqrt(squares / features.kept + eps));
 }
 
-// The mean of each row's prefix: of the row, unless it is long.
+// The shift of each row's distances, in row.mean until the row's own is known: the mean of its prefix.
 template <bool DROPS, class R, class A>
 void begin_statistics(R* rows, int count, const Features<A>& features) {
   for (int n = 0; n < count; ++n) {
@@ -211,16 +211,35 @@ void begin_statistics(R* rows, int count, const Features<A>& features) {
   }
 }
 
-// mean = sum x / K;  var = sum (x - mean)^2 / K. From the distances d of all x from the prefix's mean, which is in
-// row.mean: mean += sum d / K,  var = sum d^2 / K - (sum d / K)^2. As the prefix holds a sixteenth of the row,
-// (sum d / K)^2 <= 15 var whatever the row: the difference loses four bits at most. False where squares overflow, or
-// the row is not finite.
+// mean = sum x / K;  var = sum (x - mean)^2 / K. From the distances d of all x from the shift:
+//   mean = shift + sum d / K,   var = sum d^2 / K - (sum d / K)^2
+// Whether the shift was farther from the mean than half of the distances' usual size, which no row does that begins as
+// it goes on: the mean is then as rough as the distances are long, the difference loses digits, and the sums are made
+// once more, with this mean for a shift.
+template <class T, class A>
+bool shift_was_far(Row<T, A>& row, double mean_d, double mean_dd) {
+  if (!(mean_d * mean_d > 0.25 * mean_dd)) return false;
+  row.mean += A(mean_d);
+  return true;
+}
+
+// False where squares overflow, or the row is not finite.
 template <class T, class A>
 bool end_statistics(Row<T, A>& row, double mean_d, double mean_dd, double eps) {
   const double variance = mean_dd - mean_d * mean_d;
   row.mean += A(mean_d);
   row.rstd = A(1 / std::sqrt(std::max(variance, 0.0) + eps));
   return std::isfinite(variance);
+}
+
+// sum d and sum d^2
+template <bool DROPS, class T, class A>
+std::array<double, 2> sums_of_distances(const Row<T, A>& row, const Features<A>& features) {
+  return sum<DROPS, 2>(features, features.M, [x = row.x, shift = row.mean](int64_t i, const auto& at, auto* sums) {
+    const Vector<A> d = at.kept(at.load(x, i) - shift, i);
+    sums[0] += d;
+    sums[1] += d * d;
+  });
 }
 
 // Mean and rstd of each row of a group: step by step for all of them, so that one row's short sums need not wait for
@@ -231,17 +250,12 @@ void statistics(Row<T, A>* rows, int count, const Features<A>& features, double 
   const double per_kept = 1.0 / features.kept;
   std::array<double, 2> sums_of[kGroupRows];
   begin_statistics<DROPS>(rows, count, features);
+  for (int n = 0; n < count; ++n) sums_of[n] = sums_of_distances<DROPS>(rows[n], features);
   for (int n = 0; n < count; ++n) {
-    const T* x = rows[n].x;
-    const A mean = rows[n].mean;
-    sums_of[n] = sum<DROPS, 2>(features, features.M, [&](int64_t i, const auto& at, Vector<A>* sums) {
-      const Vector<A> distance = at.kept(at.load(x, i) - mean, i);
-      sums[0] += distance;
-      sums[1] += distance * distance;
-    });
-  }
-  for (int n = 0; n < count; ++n) {
-    const auto [d, dd] = sums_of[n];
+    auto& [d, dd] = sums_of[n];
+    if (shift_was_far(rows[n], d * per_kept, dd * per_kept)) {
+      sums_of[n] = sums_of_distances<DROPS>(rows[n], features);
+    }
     if (!end_statistics(rows[n], d * per_kept, dd * per_kept, eps)) statistics_in_double(rows[n], features, eps);
   }
 }
@@ -289,6 +303,20 @@ void gradients_by_definition(GradRow<T, A>& row, const Features<A>& features) {
   row.mean_gh = A(gh / features.kept);
 }
 
+// sum d, sum d^2, sum g and sum (g*d)
+template <bool DROPS, class T, class A>
+std::array<double, 4> sums_of_gradients(const GradRow<T, A> row, const Features<A>& features, bool fetch) {
+  return sum<DROPS, 4>(features, features.M, [&](int64_t i, const auto& at, Vector<A>* sums) {
+    const Vector<A> d = at.kept(at.load(row.x, i) - row.mean, i);
+    const Vector<A> g = at.kept(at.load(row.dy, i), i) * at.load(features.scale, i);
+    sums[0] += d;
+    sums[1] += d * d;
+    sums[2] += g;
+    sums[3] += g * d;
+    if (fetch) __builtin_prefetch(row.grad_x + i, 1);  // for grad_of_group, whose rows the processor cannot foresee
+  });
+}
+
 // Mean and rstd of each row of a group, and in the same sweep, from the same distances d,
 //   mean_g = sum g / K,   mean_gh = rstd * (sum (g*d) / K - (sum d / K) * mean_g)
 template <bool DROPS, class T, class A>
@@ -297,20 +325,12 @@ void statistics_and_gradients(GradRow<T, A>* rows, int count, const Features<A>&
   const double per_kept = 1.0 / features.kept;
   std::array<double, 4> sums_of[kGroupRows];
   begin_statistics<DROPS>(rows, count, features);
+  for (int n = 0; n < count; ++n) sums_of[n] = sums_of_gradients<DROPS>(rows[n], features, fetch);
   for (int n = 0; n < count; ++n) {
-    const GradRow<T, A> row = rows[n];
-    sums_of[n] = sum<DROPS, 4>(features, features.M, [&](int64_t i, const auto& at, Vector<A>* sums) {
-      const Vector<A> d = at.kept(at.load(row.x, i) - row.mean, i);
-      const Vector<A> g = at.kept(at.load(row.dy, i), i) * at.load(features.scale, i);
-      sums[0] += d;
-      sums[1] += d * d;
-      sums[2] += g;
-      sums[3] += g * d;
-      if (fetch) __builtin_prefetch(row.grad_x + i, 1);  // for grad_of_group, whose rows the processor cannot foresee
-    });
-  }
-  for (int n = 0; n < count; ++n) {
-    const auto [d, dd, g, gd] = sums_of[n];
+    auto& [d, dd, g, gd] = sums_of[n];
+    if (shift_was_far(rows[n], d * per_kept, dd * per_kept)) {
+      sums_of[n] = sums_of_gradients<DROPS>(rows[n], features, false);
+    }
     const double mean_d = d * per_kept, mean_g = g * per_kept, product = gd * per_kept - mean_d * mean_g;
     const bool finite = end_statistics(rows[n], mean_d, dd * per_kept, eps);
     rows[n].mean_g = A(mean_g);

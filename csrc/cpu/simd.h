@@ -232,7 +232,8 @@ inline void stream_two(T* to, Vector<A> first, Vector<A> second) {
     stream_vector(to, (Vector<float>)first);
     stream_vector(to + kLanes<A>, (Vector<float>)second);
   } else {
-    stream_vector(to, beside(narrow(first, T{}), narrow(second, T{}), std::make_integer_sequence<int, 2 * kLanes<A>>{}));
+    stream_vector(to,
+                  beside(narrow(first, T{}), narrow(second, T{}), std::make_integer_sequence<int, 2 * kLanes<A>>{}));
   }
 }
 
