@@ -21,7 +21,7 @@ namespace {
 
 constexpr int64_t kTaskElements = 1 << 14;       // some 5 us of work, below which a second thread does not pay
 constexpr int64_t kTaskParameters = 1 << 16;     // ... that are only read once and written
-constexpr int64_t kSumBlock = 4096;              // features summed in float before their sum goes on in double
+constexpr int64_t kSumBlock = 1024;              // features summed in float before their sum goes on in double
 constexpr int64_t kPrefixBlock = 64;             // a row's prefix is a multiple of so many features
 constexpr int64_t kPrefixKept = 16;              // ... of which at least so many are kept, where a row has them
 constexpr int64_t kMostStretches = 16;           // partial rows of the parameters' gradients
@@ -213,9 +213,9 @@ void begin_statistics(R* rows, int count, const Features<A>& features) {
 
 // mean = sum x / K;  var = sum (x - mean)^2 / K. From the distances d of all x from the shift:
 //   mean = shift + sum d / K,   var = sum d^2 / K - (sum d / K)^2
-// Whether the shift was farther from the mean than half of the distances' usual size, which no row does that begins as
-// it goes on: the mean is then as rough as the distances are long, the difference loses digits, and the sums are made
-// once more, with this mean for a shift.
+// Whether the shift was farther from the mean than half the distances' root mean square. Rows that go on as they begin
+// have none so far; in others the difference would lose digits, and their sums are made once more, with this mean for
+// a shift.
 template <class T, class A>
 bool shift_was_far(Row<T, A>& row, double mean_d, double mean_dd) {
   if (!(mean_d * mean_d > 0.25 * mean_dd)) return false;
