@@ -179,7 +179,7 @@ inline std::array<double, COUNT> sum(const Features<A>& features, int64_t count,
 
 template <class T, class A>
 struct Row {
-  const T *x, *next_x;  // its features, and those of the row in its place in the next group
+  const T *x, *next_x;  // its features, and those of its next group's row in its place; null: they need not be fetched
   A mean = 0, rstd = 0;
 };
 
@@ -275,7 +275,10 @@ void normalise(const Row<T, A> row, const Features<A>& features, const A* shift,
     if constexpr (sizeof(T) == sizeof(A)) __builtin_prefetch(row.next_x + i + L, 0, 2);
     stream_two<A>(y + i, value(i, whole), value(i + L, whole));
   }
-  for_each_vector<DROPS>(features, i, [&](int64_t i, const auto& at) { at.store(y, i, value(i, at)); });
+  for_each_vector<DROPS>(features, i, [&](int64_t i, const auto& at) {
+    if (row.next_x != nullptr) __builtin_prefetch(row.next_x + i, 0, 2);
+    at.store(y, i, value(i, at));
+  });
 }
 
 // ---- kernels: a group of rows, backward ----------------------------------------------------------------
@@ -414,11 +417,16 @@ void grad_of_group(const GradRow<T, A>* rows, int count, const Features<A>& feat
 int64_t rows_of_group(int64_t elements, int64_t M) {
   return std::clamp<int64_t>(elements / std::max<int64_t>(1, M), 1, kGroupRows);
 }
-// Whether a result of the input's shape is written past the caches: it does not fit, and rows are whole vectors.
+
 template <class T>
-bool goes_past_cache(const DropNormShape& shape, const T* result) {
-  const int64_t row_bytes = shape.M * sizeof(T);
-  return shape.N * row_bytes >= kStreamBytes && row_bytes % kVectorBytes == 0 && uintptr_t(result) % kVectorBytes == 0;
+bool leaves_cache(const DropNormShape& shape) {
+  return shape.N * shape.M * int64_t(sizeof(T)) >= kStreamBytes;
+}
+
+// Whether a result of the input's shape can be written past the caches: its rows are whole vectors.
+template <class T>
+bool is_in_vectors(const DropNormShape& shape, const T* result) {
+  return shape.M * sizeof(T) % kVectorBytes == 0 && uintptr_t(result) % kVectorBytes == 0;
 }
 
 int64_t rows_of_task(int64_t M) { return std::max<int64_t>(1, kTaskElements / std::max<int64_t>(1, M)); }
@@ -458,7 +466,7 @@ struct CpuDropNorm : CpuKernels {
     const Features<A> features(shape, in);
     std::optional<Scratch<A>> own_shift;
     const A* shift = features.times_s(in.bias, A(0), own_shift);
-    const bool stream = goes_past_cache(shape, output);
+    const bool large = leaves_cache<T>(shape), stream = large && is_in_vectors(shape, output);
     with_bool(in.keep != nullptr, [&](auto drops) {
       parallel_for(shape.N, rows_of_task(shape.M), [&](int64_t begin, int64_t end) {
         const int64_t group = rows_of_group(kGroupElements, shape.M);
@@ -467,7 +475,7 @@ struct CpuDropNorm : CpuKernels {
           const int count = int(std::min(group, end - n));
           for (int i = 0; i < count; ++i) {
             rows[i].x = in.input + (n + i) * in.row_stride;
-            rows[i].next_x = rows[i].x + group * in.row_stride;
+            rows[i].next_x = large ? rows[i].x + group * in.row_stride : nullptr;
           }
           statistics<drops>(rows, count, features, shape.eps);
           for (int i = 0; i < count; ++i) {
@@ -486,7 +494,7 @@ struct CpuDropNorm : CpuKernels {
     using A = Accumulate<T>;
     const Features<A> features(shape, in);
     const int64_t N = shape.N, M = shape.M;
-    const bool stream = goes_past_cache(shape, grad_input);
+    const bool stream = leaves_cache<T>(shape) && is_in_vectors(shape, grad_input);
     const int64_t stretches = std::clamp<int64_t>(std::min(N / kGroupRows, N * M / kTaskElements), 1, kMostStretches);
     Scratch<A> sums(2 * stretches * M);  // of the stretches: weight, bias, weight, bias ...
     const bool fetch = grad_input != nullptr && !stream;
