@@ -270,18 +270,22 @@ inline void store_as(T* to, int64_t count, Vector<A> vector) {
   count < kLanes<A> ? store_first_as<A>(to, count, vector) : store_as<A>(to, vector);
 }
 
+// to[i] = from[i] for i < count, from a storage type into the type that sums are made in, or back.
+template <class From, class To>
+inline void convert_row(const From* from, int64_t count, To* to) {
+  using A = Accumulate<From>;
+  for (int64_t i = 0; i < count; i += kLanes<A>) {
+    const int64_t left = std::min<int64_t>(kLanes<A>, count - i);
+    store_as<A>(to + i, left, load_as<A>(from + i, left));
+  }
+}
+
 // A row in the type that sums are made in: itself, or converted into the buffer.
 template <class T>
-inline const Accumulate<T>* as_sums(const T* row, int64_t M, Accumulate<T>* buffer) {
-  if constexpr (std::is_same_v<T, Accumulate<T>>) {
-    return row;
-  } else {
-    for (int64_t i = 0; i < M; i += kLanes<Accumulate<T>>) {
-      const int64_t count = M - i < kLanes<Accumulate<T>> ? M - i : kLanes<Accumulate<T>>;
-      store_as<Accumulate<T>>(buffer + i, count, load_as<Accumulate<T>>(row + i, count));
-    }
-    return buffer;
-  }
+inline const Accumulate<T>* as_sums(const T* row, int64_t count, Accumulate<T>* buffer) {
+  if constexpr (std::is_same_v<T, Accumulate<T>>) return row;
+  convert_row(row, count, buffer);
+  return buffer;
 }
 
 // ---- sums ------------------------------------------------------------------------------------------

@@ -97,21 +97,16 @@ class InFloat {
 
   Strided4d<const float> load() {
     for_each_row([&](T* row, int64_t stride, float* copy, int64_t count) {
-      if (stride == 1) return void(as_sums(row, count, copy));
+      if (stride == 1) return convert_row(row, count, copy);
       for (int64_t x = 0; x < count; ++x) copy[x] = dlkernels::load(row[x * stride]);
     });
     return {view_.data, view_.stride_n, view_.stride_c, view_.stride_h, view_.stride_w};
   }
   Strided4d<float> view() const { return view_; }
   void store() const {
-    constexpr int64_t L = kLanes<float>;
     for_each_row([&](T* row, int64_t stride, const float* copy, int64_t count) {
-      if (stride == 1) {
-        for (int64_t x = 0; x < count; x += L)
-          store_as<float>(row + x, std::min(L, count - x), load_as<float>(copy + x, std::min(L, count - x)));
-      } else {
-        for (int64_t x = 0; x < count; ++x) row[x * stride] = dlkernels::store<T>(copy[x]);
-      }
+      if (stride == 1) return convert_row(copy, count, row);
+      for (int64_t x = 0; x < count; ++x) row[x * stride] = dlkernels::store<T>(copy[x]);
     });
   }
 

@@ -249,7 +249,7 @@ class Forward {
     // a sequence that has not begun has h0 in both: steps read one and write the other
     for (int64_t b = 0; b < shape.B; ++b) {
       for (A* h : {state_[0].data() + b * Hp_, state_[1].data() + b * Hp_}) {
-        for (int64_t j = 0; j < shape.H; ++j) h[j] = load(in.h0[b * shape.H + j]);
+        convert_row(in.h0 + b * shape.H, shape.H, h);
       }
     }
   }
@@ -294,9 +294,7 @@ class Forward {
       for (int64_t first = begin; first < end; first += kBlockRows) {
         const int64_t count = std::min(kBlockRows, end - first);
         chunk.for_rows(first, first + count, [&](int64_t row, int64_t t, int64_t b) {
-          const T* from = f.in_.input.row(t, b);
-          A* to = x.data() + (row - first) * I;
-          for (int64_t i = 0; i < I; ++i) to[i] = load(from[i]);
+          convert_row(f.in_.input.row(t, b), I, x.data() + (row - first) * I);
         });
         A* sums = gates.data() + first * 2 * Hp;
         const RowMajor<A> rows{x.data(), I};
@@ -469,7 +467,7 @@ class Backward {
         bias_(width_) {
     std::fill_n(dh_.data(), shape.B * Hp_, A(0));
     for (int64_t b = 0; grad.grad_h_n != nullptr && b < shape.B; ++b) {
-      for (int64_t j = 0; j < shape.H; ++j) dh_.data()[b * Hp_ + j] = load(grad.grad_h_n[b * shape.H + j]);
+      convert_row(grad.grad_h_n + b * shape.H, shape.H, dh_.data() + b * Hp_);
     }
     if (wanted.weight_ih != nullptr) std::fill_n(weight_ih_.data(), 2 * shape.H * Ip_, A(0));
     if (wanted.weight_hh != nullptr) std::fill_n(weight_hh_.data(), 2 * shape.H * Hp_, A(0));
@@ -638,9 +636,7 @@ class Backward {
             f.ih_->n.multiply(p, H, count, rows.from(0, f.n_part()), {to, Ip}, to, Ip);
           }
           chunk.for_rows(first, first + count, [&](int64_t row, int64_t t, int64_t b) {
-            T* to = f.wanted_.input + (f.shape_.first[t] + b) * I;
-            const A* from = sums.data() + (row - first) * Ip;
-            for (int64_t i = 0; i < I; ++i) to[i] = store<T>(from[i]);
+            convert_row(sums.data() + (row - first) * Ip, I, f.wanted_.input + (f.shape_.first[t] + b) * I);
           });
         }
       });
@@ -663,7 +659,10 @@ class Backward {
                    [&](int64_t, int64_t t, int64_t b, A* to) -> const A* {
                      const T* h = f.h_before(t, b);
                      const T* r = f.grad_.gates + (f.shape_.first[t] + b) * H;
-                     for (int64_t j = 0; j < H; ++j) to[j] = A(load(r[j])) * A(load(h[j]));
+                     for (int64_t j = 0; j < H; j += L) {
+                       const int64_t count = std::min<int64_t>(L, H - j);
+                       store_as<A>(to + j, count, load_as<A>(r + j, count) * load_as<A>(h + j, count));
+                     }
                      return to;
                    });
     }
@@ -734,7 +733,7 @@ class Backward {
     to += offset;
     parallel_for(rows, grain_of_moves(columns), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
-        for (int64_t j = 0; j < columns; ++j) to[row * columns + j] = store<T>(from[row * stride + j]);
+        convert_row(from + row * stride, columns, to + row * columns);
       }
     });
   }
