@@ -102,7 +102,7 @@ struct Features {
 // nothing is dropped there is nothing to mask.
 template <bool DROPS, class A>
 struct Whole {
-  const int8_t* mask;
+  const int8_t* mask;  // not the features: a store could be to them, and the mask would be looked up for each vector
   explicit Whole(const Features<A>& features) : mask(features.mask) {}
   template <class T>
   Vector<A> load(const T* row, int64_t i) const {
@@ -213,11 +213,10 @@ void begin_statistics(R* rows, int count, const Features<A>& features) {
 
 // mean = sum x / K;  var = sum (x - mean)^2 / K. From the distances d of all x from the shift:
 //   mean = shift + sum d / K,   var = sum d^2 / K - (sum d / K)^2
-// Whether the shift was farther from the mean than half the distances' root mean square. Rows that go on as they begin
-// have none so far; in others the difference would lose digits, and their sums are made once more, with this mean for
-// a shift.
+// A row that goes on as it begins has its shift near its mean. In another the difference loses digits: where the shift
+// is farther off than half the distances' root mean square, it becomes this mean (true), and the sums are made again.
 template <class T, class A>
-bool shift_was_far(Row<T, A>& row, double mean_d, double mean_dd) {
+bool moved_shift(Row<T, A>& row, double mean_d, double mean_dd) {
   if (!(mean_d * mean_d > 0.25 * mean_dd)) return false;
   row.mean += A(mean_d);
   return true;
@@ -253,7 +252,7 @@ void statistics(Row<T, A>* rows, int count, const Features<A>& features, double 
   for (int n = 0; n < count; ++n) sums_of[n] = sums_of_distances<DROPS>(rows[n], features);
   for (int n = 0; n < count; ++n) {
     auto& [d, dd] = sums_of[n];
-    if (shift_was_far(rows[n], d * per_kept, dd * per_kept)) {
+    if (moved_shift(rows[n], d * per_kept, dd * per_kept)) {
       sums_of[n] = sums_of_distances<DROPS>(rows[n], features);
     }
     if (!end_statistics(rows[n], d * per_kept, dd * per_kept, eps)) statistics_in_double(rows[n], features, eps);
@@ -331,7 +330,7 @@ void statistics_and_gradients(GradRow<T, A>* rows, int count, const Features<A>&
   for (int n = 0; n < count; ++n) sums_of[n] = sums_of_gradients<DROPS>(rows[n], features, fetch);
   for (int n = 0; n < count; ++n) {
     auto& [d, dd, g, gd] = sums_of[n];
-    if (shift_was_far(rows[n], d * per_kept, dd * per_kept)) {
+    if (moved_shift(rows[n], d * per_kept, dd * per_kept)) {
       sums_of[n] = sums_of_gradients<DROPS>(rows[n], features, false);
     }
     const double mean_d = d * per_kept, mean_g = g * per_kept, product = gd * per_kept - mean_d * mean_g;
@@ -370,20 +369,16 @@ inline void grad_of_columns(const GradRow<T, A>* rows, int count, const Features
       }
       weight_sum[v] += dy * h;
       bias_sum[v] += dy;
+      if (row.grad_x == nullptr) continue;
       const Vector<A> grad_h = dy * scale[v] - (row.mean_g + h * row.mean_gh);
       grad_x[v] = at.kept(grad_h * row.rstd, j);
     }
     if (row.grad_x == nullptr) continue;
-    for (int v = 0; v < VECTORS; v += 2) {
-      if constexpr (VECTORS > 1) {
-        if (stream) {
-          stream_two<A>(row.grad_x + i + v * L, grad_x[v], grad_x[v + 1]);
-          continue;
-        }
-        at.store(row.grad_x, i + (v + 1) * L, grad_x[v + 1]);
-      }
-      at.store(row.grad_x, i + v * L, grad_x[v]);
+    if constexpr (VECTORS % 2 == 0) {
+      for (int v = 0; stream && v < VECTORS; v += 2) stream_two<A>(row.grad_x + i + v * L, grad_x[v], grad_x[v + 1]);
+      if (stream) continue;
     }
+    for (int v = 0; v < VECTORS; ++v) at.store(row.grad_x, i + v * L, grad_x[v]);
   }
   for (int v = 0; v < VECTORS; ++v) {
     const int64_t j = i + v * L;

@@ -209,7 +209,7 @@ inline void store_as(T* to, Vector<A> vector) {
 inline void stream_vector(void* to, Vector<float> vector) {
 #if defined(__AVX512F__)
   _mm512_stream_ps((float*)to, (__m512)vector);
-#elif defined(__AVX__)
+#elif defined(__AVX2__)
   _mm256_stream_ps((float*)to, (__m256)vector);
 #elif defined(__SSE2__)
   _mm_stream_ps((float*)to, (__m128)vector);
@@ -218,6 +218,7 @@ inline void stream_vector(void* to, Vector<float> vector) {
 #endif
 }
 
+// The lanes of the first, then those of the second: LANE = 0, 1, 2 ...
 template <int... LANE>
 inline Vector<float> beside(Patterns first, Patterns second, std::integer_sequence<int, LANE...>) {
   return (Vector<float>)__builtin_shufflevector(first, second, LANE...);
