@@ -263,7 +263,8 @@ def test_alone_this_is_the_only_process():
 
 
 SCRIPT = """
-import json, sys, torch
+import json, torch
+from pathlib import Path
 from torch import nn
 from dlkernels.experiments import training
 from dlkernels.learn.basic_classifiers import SmallCNN
@@ -275,6 +276,8 @@ with training.distributed("cpu"):
     history = training.fit(model, lambda m, x, y: nn.functional.cross_entropy(m(x), y), (x, y), plan,
                            augment=lambda x: x + 0.1 * torch.randn_like(x))
     training.say(json.dumps([training.world(), history.loss, history.gradient_norm]))
+threads = [(task / "comm").read_text() for task in Path("/proc/self/task").glob("*")]
+assert not any("gloo" in name for name in threads), threads  # one left could abort the process at its end
 """
 
 

@@ -26,6 +26,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+
+# DistributedDataParallel imports this module, and its functions take the group that exists at that moment as a default
+# argument. Imported here, before there is one, it cannot keep the group and gloo's threads alive: threads that live to
+# the end of Python may abort it (pytorch#190489).
+import torch.distributed.nn.functional
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
