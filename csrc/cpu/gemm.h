@@ -120,11 +120,14 @@ void multiply_tile(int64_t depth, const Rows& rows, const T* columns, int64_t co
   Vector<T> tile[ROWS][VECTORS];
   clear_tile(tile);
   sum_tile(depth, rows, columns, column_stride, tile);
-  for (int m = 0; m < ROWS; ++m) {
-    for (int v = 0; v < VECTORS; ++v) {
-      if (start.rows != nullptr) tile[m][v] += load_vector(start.rows + m * start.stride + v * kLanes<T>);
-      store_vector(sums + m * sum_stride + v * kLanes<T>, tile[m][v]);
+#pragma GCC unroll 16
+  for (int m = 0; m < ROWS; ++m) {  // unrolled, or the tile would live in memory
+    if (start.rows != nullptr) {
+#pragma GCC unroll 8
+      for (int v = 0; v < VECTORS; ++v) tile[m][v] += load_vector(start.rows + m * start.stride + v * kLanes<T>);
     }
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; ++v) store_vector(sums + m * sum_stride + v * kLanes<T>, tile[m][v]);
   }
 }
 
