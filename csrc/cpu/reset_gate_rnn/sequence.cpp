@@ -334,30 +334,44 @@ class Forward {
     A* rows_of(Scratch<A>& buffer) { return buffer.data() + b_begin * f.Hp_; }
     RowMajor<A> h_before(int64_t s) { return {rows_of(f.state_[s & 1]), f.Hp_}; }
 
-    // work(b, row, j, count, h): sequence b_begin + b, its row in output, columns j .. j + count of a vector
+    // One sequence's row of a step, a vector of columns j .. j + count at a time.
+    struct Row {
+      int64_t b, H, Hp;  // sequence b_begin + b
+      const A* sums;     // a_r, and a_n Hp behind
+      A* state;          // h, which the next step reads
+      T *output, *saved;
+
+      Vector<A> a_r(int64_t j) const { return load_vector(sums + j); }
+      Vector<A> a_n(int64_t j) const { return load_vector(sums + Hp + j); }
+
+      // h, rounded to T
+      void keep(int64_t j, int64_t count, Vector<A> h) const {
+        store_as<A>(output + j, count, h);
+        if constexpr (!std::is_same_v<T, A>) h = load_as<A>(output + j, count);
+        store_vector(state + j, h);
+      }
+
+      // for the backward
+      void save(int gate, int64_t j, int64_t count, Vector<A> value) const {
+        if (saved != nullptr) store_as<A>(saved + gate * H + j, count, value);
+      }
+    };
+
+    // work(row, j, count) for the block's columns of the first `count` sequences
     template <class Work>
     void for_vectors(int64_t s, int64_t block, int64_t count, const Work& work) {
-      const int64_t H = f.shape_.H, first_row = f.shape_.first[f.shape_.time(s)] + b_begin;
+      const int64_t H = f.shape_.H, Hp = f.Hp_, wide = f.shape_.saved() * H;
+      const int64_t first_row = f.shape_.first[f.shape_.time(s)] + b_begin;
+      const int64_t first = f.hh_.first_column(block), end = f.hh_.end_column(block);
+      const A* sums = sums_of(s);
+      A* state = rows_of(f.state_[(s + 1) & 1]);
+      T* output = f.result_.output + first_row * H;
+      T* saved = f.result_.gates == nullptr ? nullptr : f.result_.gates + first_row * wide;
       for (int64_t b = 0; b < count; ++b) {
-        for (int64_t j = f.hh_.first_column(block); j < f.hh_.end_column(block); j += L) {
-          work(b, first_row + b, j, std::min<int64_t>(L, H - j));
-        }
+        const Row row{
+            b, H, Hp, sums + b * 2 * Hp, state + b * Hp, output + b * H, saved == nullptr ? nullptr : saved + b * wide};
+        for (int64_t j = first; j < end; j += L) work(row, j, std::min<int64_t>(L, H - j));
       }
-    }
-
-    // h of a vector, rounded to T: into output, and into the state that the next step reads
-    void keep(int64_t s, int64_t b, int64_t row, int64_t j, int64_t count, Vector<A> h) {
-      T* to = f.result_.output + row * f.shape_.H + j;
-      store_as<A>(to, count, h);
-      if constexpr (!std::is_same_v<T, A>) h = load_as<A>(to, count);
-      store_vector(rows_of(f.state_[(s + 1) & 1]) + b * f.Hp_ + j, h);
-    }
-
-    // for the backward
-    void save(int64_t row, int gate, int64_t j, int64_t count, Vector<A> value) {
-      if (f.result_.gates == nullptr) return;
-      const int64_t H = f.shape_.H;
-      store_as<A>(f.result_.gates + (row * f.shape_.saved() + gate) * H + j, count, value);
     }
 
     // What a step adds to a_r and a_n, or in "after" g, of one block: rows [W_hr h' | W_hn h'] of `width` columns each.
@@ -378,54 +392,45 @@ class Forward {
 
     // h = tanh(a_n + r * g), g = b_hn + W_hn h'
     void after(int64_t s, int64_t block, int64_t count) {
-      const int64_t Hp = f.Hp_;
-      const A* sums = sums_of(s);
       const Recurrent recurrent = multiply_state(s, block, count);
-      for_vectors(s, block, count, [&](int64_t b, int64_t row, int64_t j, int64_t columns) {
-        const A* a = sums + b * 2 * Hp + j;
-        const Vector<A> r = sigmoid<A>(load_vector(a) + recurrent.r(b, j)), g = recurrent.n(b, j);
-        save(row, 0, j, columns, r);
-        save(row, 1, j, columns, g);
-        keep(s, b, row, j, columns, tanh<A>(load_vector(a + Hp) + r * g));
+      for_vectors(s, block, count, [recurrent](const Row& row, int64_t j, int64_t columns) {
+        const Vector<A> r = sigmoid<A>(row.a_r(j) + recurrent.r(row.b, j)), g = recurrent.n(row.b, j);
+        row.save(0, j, columns, r);
+        row.save(1, j, columns, g);
+        row.keep(j, columns, tanh<A>(row.a_n(j) + r * g));
       });
     }
 
     // q = r * h'
     void before_r(int64_t s, int64_t block, int64_t count) {
-      const int64_t Hp = f.Hp_, first = f.hh_.first_column(block);
-      A* sums = sums_of(s);
+      const int64_t Hp = f.Hp_;
       A* q = rows_of(f.recurrent_);
       const RowMajor<A> h = h_before(s);
-      f.hh_.add_r(block, count, h, sums + first, 2 * Hp);
-      for_vectors(s, block, count, [&](int64_t b, int64_t row, int64_t j, int64_t columns) {
-        const Vector<A> r = sigmoid<A>(load_vector(sums + b * 2 * Hp + j));
-        save(row, 0, j, columns, r);
-        store_vector(q + b * Hp + j, r * load_vector(h.from(b, j).data));
+      f.hh_.add_r(block, count, h, sums_of(s) + f.hh_.first_column(block), 2 * Hp);
+      for_vectors(s, block, count, [=](const Row& row, int64_t j, int64_t columns) {
+        const Vector<A> r = sigmoid<A>(row.a_r(j));
+        row.save(0, j, columns, r);
+        store_vector(q + row.b * Hp + j, r * load_vector(h.from(row.b, j).data));
       });
     }
 
     // h = tanh(a_n + b_hn + W_hn q)
     void before_n(int64_t s, int64_t block, int64_t count) {
-      const int64_t Hp = f.Hp_, first = f.hh_.first_column(block);
-      A* sums = sums_of(s) + Hp;
-      f.hh_.add_n(block, count, RowMajor<A>{rows_of(f.recurrent_), Hp}, sums + first, 2 * Hp);
-      for_vectors(s, block, count, [&](int64_t b, int64_t row, int64_t j, int64_t columns) {
-        keep(s, b, row, j, columns, tanh<A>(load_vector(sums + b * 2 * Hp + j)));
-      });
+      const RowMajor<A> q{rows_of(f.recurrent_), f.Hp_};
+      f.hh_.add_n(block, count, q, sums_of(s) + f.Hp_ + f.hh_.first_column(block), 2 * f.Hp_);
+      for_vectors(s, block, count,
+                  [](const Row& row, int64_t j, int64_t columns) { row.keep(j, columns, tanh<A>(row.a_n(j))); });
     }
 
     // h = r * n, n = tanh(a_n + b_hn + W_hn h')
     void output(int64_t s, int64_t block, int64_t count) {
-      const int64_t Hp = f.Hp_;
-      const A* sums = sums_of(s);
       const Recurrent recurrent = multiply_state(s, block, count);
-      for_vectors(s, block, count, [&](int64_t b, int64_t row, int64_t j, int64_t columns) {
-        const A* a = sums + b * 2 * Hp + j;
-        const Vector<A> r = sigmoid<A>(load_vector(a) + recurrent.r(b, j));
-        const Vector<A> n = tanh<A>(load_vector(a + Hp) + recurrent.n(b, j));
-        save(row, 0, j, columns, r);
-        save(row, 1, j, columns, n);
-        keep(s, b, row, j, columns, r * n);
+      for_vectors(s, block, count, [recurrent](const Row& row, int64_t j, int64_t columns) {
+        const Vector<A> r = sigmoid<A>(row.a_r(j) + recurrent.r(row.b, j));
+        const Vector<A> n = tanh<A>(row.a_n(j) + recurrent.n(row.b, j));
+        row.save(0, j, columns, r);
+        row.save(1, j, columns, n);
+        row.keep(j, columns, r * n);
       });
     }
   };
@@ -557,48 +562,61 @@ class Backward {
       f.hh_.n.multiply(block, H, b_end - b_begin, rows.from(0, f.h_part()), {dh, Hp}, dh, Hp);
     }
 
-    // One vector of columns of one row, as the backward needs it.
-    struct At {
-      const Backward& f;
-      int64_t t, b, row, j, count;
+    // One sequence's row of a step, as the backward needs it, a vector of columns j .. j + count at a time.
+    struct Row {
+      int64_t b, H;
+      const T *gates, *output, *before, *grad_output;  // before: h'; grad_output: null for zeros
+      const A* carried;                                // what the step after gives to dh
 
-      Vector<A> gate(int i) const {
-        return load_as<A>(f.grad_.gates + (row * f.shape_.saved() + i) * f.shape_.H + j, count);
-      }
-      Vector<A> h() const { return load_as<A>(f.grad_.output + row * f.shape_.H + j, count); }
-      Vector<A> h_before() const { return load_as<A>(f.h_before(t, b) + j, count); }
-      Vector<A> dh() const {
-        const Vector<A> carried = load_vector(f.dh_.data() + b * f.Hp_ + j);
-        if (f.grad_.grad_output.data == nullptr) return carried;
-        return carried + load_as<A>(f.grad_.grad_output.row(t, b) + j, count);
+      Vector<A> gate(int i, int64_t j, int64_t count) const { return load_as<A>(gates + i * H + j, count); }
+      Vector<A> h(int64_t j, int64_t count) const { return load_as<A>(output + j, count); }
+      Vector<A> h_before(int64_t j, int64_t count) const { return load_as<A>(before + j, count); }
+      Vector<A> dh(int64_t j, int64_t count) const {
+        const Vector<A> dh = load_vector(carried + j);
+        return grad_output == nullptr ? dh : dh + load_as<A>(grad_output + j, count);
       }
     };
 
-    // work(at, u): at the vector, u its place among the row's u_r
+    Row row_of(int64_t t, int64_t b) const {
+      const int64_t H = f.shape_.H, row = f.shape_.first[t] + b;
+      const bool has_grad = f.grad_.grad_output.data != nullptr;
+      return {b,
+              H,
+              f.grad_.gates + row * f.shape_.saved() * H,
+              f.grad_.output + row * H,
+              f.h_before(t, b),
+              has_grad ? f.grad_.grad_output.row(t, b) : nullptr,
+              f.dh_.data() + b * f.Hp_};
+    }
+
+    // work(row, j, count, u) for the block's columns, u being the vector's place in the row's u_r
     template <class Work>
     void for_vectors(int64_t s, int64_t block, int64_t b_begin, int64_t b_end, const Work& work) {
-      const int64_t t = f.shape_.time(s);
+      const int64_t t = f.shape_.time(s), H = f.shape_.H;
+      const int64_t first = f.hh_.r.first_column(block), end = f.hh_.r.end_column(block);
       for (int64_t b = b_begin; b < b_end; ++b) {
-        for (int64_t j = f.hh_.r.first_column(block); j < f.hh_.r.end_column(block); j += L) {
-          work(At{f, t, b, f.shape_.first[t] + b, j, std::min<int64_t>(L, f.shape_.H - j)}, u_of(s, b) + j);
-        }
+        const Row row = row_of(t, b);
+        A* u = u_of(s, b);
+        for (int64_t j = first; j < end; j += L) work(row, j, std::min<int64_t>(L, H - j), u + j);
       }
     }
 
     void after(int64_t s, int64_t block, int64_t b_begin, int64_t b_end) {
-      for_vectors(s, block, b_begin, b_end, [&](const At& at, A* to) {
-        const Vector<A> r = at.gate(0), g = at.gate(1), n = at.h();
-        const Vector<A> u_n = at.dh() * (A(1) - n * n);
-        store_vector(to, u_n * g * (r * (A(1) - r)));
-        store_vector(to + f.Hp_, u_n);
-        store_vector(to + 2 * f.Hp_, u_n * r);
+      const int64_t Hp = f.Hp_;
+      for_vectors(s, block, b_begin, b_end, [Hp](const Row& row, int64_t j, int64_t count, A* u) {
+        const Vector<A> r = row.gate(0, j, count), g = row.gate(1, j, count), n = row.h(j, count);
+        const Vector<A> u_n = row.dh(j, count) * (A(1) - n * n);
+        store_vector(u, u_n * g * (r * (A(1) - r)));
+        store_vector(u + Hp, u_n);
+        store_vector(u + 2 * Hp, u_n * r);
       });
     }
 
     void before_n(int64_t s, int64_t block, int64_t b_begin, int64_t b_end) {
-      for_vectors(s, block, b_begin, b_end, [&](const At& at, A* to) {
-        const Vector<A> n = at.h();
-        store_vector(to + f.Hp_, at.dh() * (A(1) - n * n));
+      const int64_t Hp = f.Hp_;
+      for_vectors(s, block, b_begin, b_end, [Hp](const Row& row, int64_t j, int64_t count, A* u) {
+        const Vector<A> n = row.h(j, count);
+        store_vector(u + Hp, row.dh(j, count) * (A(1) - n * n));
       });
     }
 
@@ -607,19 +625,20 @@ class Backward {
       const int64_t Hp = f.Hp_, first = f.hh_.n.first_column(block);
       const RowMajor<A> rows{u_of(s, b_begin) + f.n_part(), f.width_};
       f.hh_.n.multiply(block, f.shape_.H, b_end - b_begin, rows, {}, f.direct_.data() + b_begin * Hp + first, Hp);
-      for_vectors(s, block, b_begin, b_end, [&](const At& at, A* to) {
-        A* direct = f.direct_.data() + at.b * Hp + at.j;
-        const Vector<A> r = at.gate(0), dq = load_vector(direct);
-        store_vector(to, dq * at.h_before() * (r * (A(1) - r)));
-        store_vector(direct, dq * r);
+      A* direct = f.direct_.data();
+      for_vectors(s, block, b_begin, b_end, [=](const Row& row, int64_t j, int64_t count, A* u) {
+        const Vector<A> r = row.gate(0, j, count), dq = load_vector(direct + row.b * Hp + j);
+        store_vector(u, dq * row.h_before(j, count) * (r * (A(1) - r)));
+        store_vector(direct + row.b * Hp + j, dq * r);
       });
     }
 
     void output(int64_t s, int64_t block, int64_t b_begin, int64_t b_end) {
-      for_vectors(s, block, b_begin, b_end, [&](const At& at, A* to) {
-        const Vector<A> r = at.gate(0), n = at.gate(1), dh = at.dh();
-        store_vector(to, dh * n * (r * (A(1) - r)));
-        store_vector(to + f.Hp_, dh * r * (A(1) - n * n));
+      const int64_t Hp = f.Hp_;
+      for_vectors(s, block, b_begin, b_end, [Hp](const Row& row, int64_t j, int64_t count, A* u) {
+        const Vector<A> r = row.gate(0, j, count), n = row.gate(1, j, count), dh = row.dh(j, count);
+        store_vector(u, dh * n * (r * (A(1) - r)));
+        store_vector(u + Hp, dh * r * (A(1) - n * n));
       });
     }
 
