@@ -70,7 +70,7 @@ inline Vector<T> sigmoid(Vector<T> x) {
   y = y < -limit ? -limit : y;
   Vector<T> p, scale;
   exp_parts<T>(y, p, scale);
-  return T(1) / (T(1) + (scale * p + scale));
+  return quotient<T>(Vector<T>{} + T(1), T(1) + (scale * p + scale));
 }
 
 template <class T>
@@ -84,7 +84,7 @@ inline Vector<T> tanh(Vector<T> x) {
   Vector<T> p, scale;
   exp_parts<T>(y + y, p, scale);
   const Vector<T> e = scale * p + (scale - T(1));
-  return (Vector<T>)((Bits)(e / (e + T(2))) | sign);
+  return (Vector<T>)((Bits)quotient<T>(e, e + T(2)) | sign);
 }
 
 }  // namespace dlkernels

@@ -289,6 +289,21 @@ inline const Accumulate<T>* as_sums(const T* row, int64_t count, Accumulate<T>* 
   return buffer;
 }
 
+// a / b, to an ulp where 1 / b is a normal number. A processor makes one division of 16 floats in 16 cycles or so; what
+// takes its place here, 1 / b to 14 bits and two steps of Newton's, is made every 4.
+template <class T>
+inline Vector<T> quotient(Vector<T> a, Vector<T> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    Vector<T> reciprocal = (Vector<T>)_mm512_maskz_rcp14_ps(0xffff, (__m512)b);
+    reciprocal += reciprocal * (T(1) - b * reciprocal);
+    const Vector<T> close = a * reciprocal;
+    return close + reciprocal * (a - b * close);
+  }
+#endif
+  return a / b;
+}
+
 // ---- sums ------------------------------------------------------------------------------------------
 
 // Lane i takes what lane i ^ DISTANCE has.
