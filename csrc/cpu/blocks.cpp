@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstdlib>
 #include <mutex>
 #include <vector>
@@ -78,6 +79,35 @@ Pool& pool() {
   return *pool;
 }
 
+// A thread's small blocks, by size: powers of two.
+class SmallBlocks {
+ public:
+  ~SmallBlocks() {
+    for (std::vector<void*>& blocks : freed_) std::for_each(blocks.begin(), blocks.end(), std::free);
+  }
+
+  void* take(int64_t bytes) {
+    std::vector<void*>& blocks = freed_[size_class(bytes)];
+    if (blocks.empty()) return std::aligned_alloc(kLine, kLine << size_class(bytes));
+    void* data = blocks.back();
+    blocks.pop_back();
+    return data;
+  }
+
+  void give(void* data, int64_t bytes) { freed_[size_class(bytes)].push_back(data); }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  static constexpr int kClasses = 15;
+  static_assert(kLine << (kClasses - 1) >= kPooledBytes);
+
+  static int size_class(int64_t bytes) { return std::bit_width(uint64_t(ceil_div(bytes, kLine) - 1)); }
+
+  std::vector<void*> freed_[kClasses];
+};
+
+thread_local SmallBlocks small_blocks;
+
 int64_t whole_pages(int64_t bytes) { return ceil_div(bytes, kPageBytes) * kPageBytes; }
 
 }  // namespace
@@ -85,5 +115,13 @@ int64_t whole_pages(int64_t bytes) { return ceil_div(bytes, kPageBytes) * kPageB
 void* take_block(int64_t bytes) { return pool().take(whole_pages(bytes)); }
 
 void give_block(void* data, int64_t bytes) { pool().give(data, whole_pages(bytes)); }
+
+#if defined(__SANITIZE_ADDRESS__)  // which sees nothing of blocks that are used again
+void* take_small_block(int64_t bytes) { return std::aligned_alloc(64, bytes); }
+void give_small_block(void* data, int64_t) { std::free(data); }
+#else
+void* take_small_block(int64_t bytes) { return small_blocks.take(bytes); }
+void give_small_block(void* data, int64_t bytes) { small_blocks.give(data, bytes); }
+#endif
 
 }  // namespace dlkernels

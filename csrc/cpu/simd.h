@@ -379,10 +379,10 @@ template <class T>
 class Scratch {
  public:
   explicit Scratch(int64_t count) : bytes_(std::max<int64_t>(1, ceil_div(count * int64_t(sizeof(T)), kLine)) * kLine) {
-    data_ = static_cast<T*>(bytes_ < kPooledBytes ? std::aligned_alloc(kLine, bytes_) : take_block(bytes_));
+    data_ = static_cast<T*>(bytes_ < kPooledBytes ? take_small_block(bytes_) : take_block(bytes_));
     if (data_ == nullptr) throw std::bad_alloc();
   }
-  ~Scratch() { bytes_ < kPooledBytes ? std::free(data_) : give_block(data_, bytes_); }
+  ~Scratch() { bytes_ < kPooledBytes ? give_small_block(data_, bytes_) : give_block(data_, bytes_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
