@@ -25,6 +25,7 @@ namespace {
 constexpr int64_t kTaskWork = 1 << 17;       // multiply-adds, 2.4 us, below which a second thread does not pay
 constexpr int64_t kMoveWork = 16;            // multiply-adds in the time in which a number is moved
 constexpr int64_t kStepWork = 1 << 15;       // multiply-adds between two meetings of threads that share a step
+constexpr int64_t kSharedWork = 1 << 21;     // multiply-adds of all steps, 20 us, that pay for the first meeting
 constexpr int64_t kCacheBytes = 1 << 20;     // of weights that stay in a core's cache from step to step
 constexpr int64_t kLeastSlice = 2;           // sequences of a slice: a weight must serve two once it is loaded
 constexpr int64_t kBlockRows = 128;          // rows of x, or of u, multiplied at once
@@ -92,9 +93,9 @@ struct Plan {
     const int64_t threads = thread_count(), weights = 2 * shape.H * shape.H, step = shape.B * weights;
     const bool large = weights * element_size > kCacheBytes, narrow = shape.B < kLeastSlice * threads;
     const int64_t meetings = shape.reset == Reset::before ? 2 : 1;  // a step, for its phases
-    by_columns = threads > 1 && step >= meetings * kStepWork && (large || narrow);
+    by_columns = threads > 1 && step >= meetings * kStepWork && shape.T * step >= kSharedWork && (large || narrow);
     sharing = by_columns ? threads : 1;
-    const int64_t grain = std::max(kLeastSlice, grain_of(shape.T * step));
+    const int64_t grain = std::max(kLeastSlice, grain_of(shape.T * weights));
     slices = cut(shape, by_columns ? 1 : std::min(threads, ceil_div(shape.B, grain)));
     const int64_t slice = ceil_div(shape.B, int64_t(slices.size()) - 1);
     few_rows = slice <= kFewRows;
