@@ -74,6 +74,28 @@ inline void sum_tile(int64_t depth, const Rows& rows, const T* columns, int64_t 
   }
 }
 
+// The same through tables. A row's address is worked out once: an addition for each element would take a place that an
+// FMA could have.
+template <int ROWS, int VECTORS, class T>
+inline void sum_tile(int64_t depth, const Indirect<T>& rows, const T* columns, int64_t column_stride,
+                     Vector<T> (&tile)[ROWS][VECTORS]) {
+  const T* row[ROWS];
+#pragma GCC unroll 16
+  for (int m = 0; m < ROWS; ++m) {
+    row[m] = rows.data + rows.row[m];
+    asm("" : "+r"(row[m]));  // or the sum would be taken apart again
+  }
+  for (int64_t l = 0; l < depth; ++l, columns += column_stride) {
+    const int64_t offset = rows.depth[l];
+    Vector<T> column[VECTORS];
+    for (int v = 0; v < VECTORS; ++v) column[v] = load_vector(columns + v * kLanes<T>);
+#pragma GCC unroll 16
+    for (int m = 0; m < ROWS; ++m) {
+      for (int v = 0; v < VECTORS; ++v) tile[m][v] += row[m][offset] * column[v];
+    }
+  }
+}
+
 // The same for evenly spaced rows and a single vector of columns, where each sum takes a broadcast from memory of its
 // own: more of them run side by side than there are registers for their addresses, which here take three, as each four
 // rows are x86's row + step * 0, 1, 2 and 3 * step.

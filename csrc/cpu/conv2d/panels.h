@@ -14,7 +14,7 @@ namespace dlkernels {
 // ---- tuning constants of the strategies that are matrix products -----------------------------------
 
 constexpr int kPanelVectors = kVectorRegisters == 32 ? 4 : 2;  // of channels: they divide the usual numbers of channels
-constexpr int64_t kBlockTerms = 288;        // summed before a sum goes to memory: 32 channels of a 3 x 3 kernel
+constexpr int64_t kBlockTerms = 144;        // summed before a sum goes to memory: 32 channels of a 3 x 3 kernel
 constexpr int64_t kEnoughTasks = 8;         // for a handful of threads to share the work evenly
 constexpr int64_t kPrefetchTerms = 288;     // of a row, up to which its tile asks for it: longer runs are noticed
 constexpr int64_t kTaskProducts = 1 << 17;  // multiply-adds (some 2 us) below which a second thread does not pay
