@@ -85,6 +85,7 @@ inline void sum_tile(int64_t depth, const Indirect<T>& rows, const T* columns, i
     row[m] = rows.data + rows.row[m];
     asm("" : "+r"(row[m]));  // or the sum would be taken apart again
   }
+#pragma GCC unroll 2
   for (int64_t l = 0; l < depth; ++l, columns += column_stride) {
     const int64_t offset = rows.depth[l];
     Vector<T> column[VECTORS];
