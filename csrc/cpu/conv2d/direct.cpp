@@ -170,6 +170,78 @@ void gather_and_multiply(const Gather<T>& gather, int64_t G, int64_t M, const We
   });
 }
 
+// Pixels [begin, end) of a grid's rows or columns; the others read nothing but the padding.
+struct Inside {
+  int64_t begin, end;
+
+  Inside(const std::vector<Tap>& taps, int64_t Tap::* position, int64_t step, int64_t size, int64_t pixels) {
+    const SlabAxis axis(taps, position, step);
+    begin = std::clamp<int64_t>(ceil_div(-axis.last, step), 0, pixels);
+    end = std::clamp<int64_t>(ceil_div(size - axis.first, step), begin, pixels);
+  }
+  int64_t size() const { return end - begin; }
+  bool has(int64_t pixel) const { return pixel >= begin && pixel < end; }
+};
+
+template <class T>
+Inside inside_rows(const Gather<T>& gather) {
+  return Inside(gather.taps, &Tap::h, gather.step_h, gather.H, gather.I);
+}
+template <class T>
+Inside inside_columns(const Gather<T>& gather) {
+  return Inside(gather.taps, &Tap::w, gather.step_w, gather.W, gather.J);
+}
+
+// The grid without its other pixels.
+template <class T>
+Gather<T> inside_of(Gather<T> gather, const Inside& rows, const Inside& columns) {
+  for (Tap& tap : gather.taps) {
+    tap.h += rows.begin * gather.step_h;
+    tap.w += columns.begin * gather.step_w;
+  }
+  gather.I = rows.size(), gather.J = columns.size();
+  return gather;
+}
+template <class T>
+Strided4d<T> inside_of(const Strided4d<T>& images, const Inside& rows, const Inside& columns) {
+  T* first = images.data + rows.begin * images.stride_h + columns.begin * images.stride_w;
+  return {first, images.stride_n, images.stride_c, images.stride_h, images.stride_w};
+}
+
+// target[n, m, i, j] = bias[m] for the M channels of the pixels outside of rows and columns
+template <class T>
+void fill_outside(const Gather<T>& gather, const Inside& rows, const Inside& columns, int64_t M, const T* bias,
+                  int64_t bias_stride, const Strided4d<T>& target) {
+  const auto fill = [&](int64_t n, int64_t i, int64_t first, int64_t count) {
+    const bool side_by_side = target.stride_c == 1;
+    for (int64_t outer = 0; outer < (side_by_side ? count : M); ++outer) {
+      for (int64_t inner = 0; inner < (side_by_side ? M : count); ++inner) {
+        const int64_t m = side_by_side ? inner : outer, j = first + (side_by_side ? outer : inner);
+        target.at(n, m, i, j) = bias != nullptr ? bias[m * bias_stride] : T(0);
+      }
+    }
+  };
+  parallel_for(gather.N * gather.I, grain_of(kMoveProducts * gather.J * M), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t n = row / gather.I, i = row % gather.I;
+      const bool some_inside = rows.has(i) && columns.size() > 0;
+      fill(n, i, 0, some_inside ? columns.begin : gather.J);
+      if (some_inside) fill(n, i, columns.end, gather.J - columns.end);
+    }
+  });
+}
+
+// gather_and_multiply for the pixels that read something; for the others, there is the bias.
+template <class T, class WeightOf>
+void multiply_inside(const Gather<T>& gather, int64_t G, int64_t M, const WeightOf& weight_of, const T* bias,
+                     int64_t bias_stride, const Strided4d<T>& target) {
+  const Inside rows = inside_rows(gather), columns = inside_columns(gather);
+  const bool all = rows.size() == gather.I && columns.size() == gather.J;
+  if (!all) fill_outside(gather, rows, columns, G * M, bias, bias_stride, target);
+  gather_and_multiply(inside_of(gather, rows, columns), G, M, weight_of, bias, bias_stride,
+                      inside_of(target, rows, columns));
+}
+
 // What the output's pixels read of the input.
 template <class T>
 Gather<T> gather_input(const Conv2dShape& shape, const Strided4d<const T>& input) {
@@ -244,7 +316,7 @@ void grad_of_phases(const Conv2dShape& shape, const Strided4d<const T>& grad, co
       const Strided4d<T> pixels_of_phase = {&grad_input.at(0, 0, phase_h, phase_w), grad_input.stride_n,
                                             grad_input.stride_c, grad_input.stride_h * shape.stride_h,
                                             grad_input.stride_w * shape.stride_w};
-      gather_and_multiply(
+      multiply_inside(
           gather_grad(shape, grad, phase_h, phase_w), shape.G, M,
           [&](int64_t g) {
             return WeightView<const T>{weight.at(g * D, 0), weight.stride_c, weight.stride_n, weight.stride_h,
@@ -263,7 +335,7 @@ template <class T>
 void Direct::forward(const Conv2dShape& shape, Strided4d<const T> input, Strided4d<const T> weight, const T* bias,
                      int64_t bias_stride, Strided4d<T> output) {
   const int64_t M = shape.K / shape.G;
-  gather_and_multiply(
+  multiply_inside(
       gather_input(shape, input), shape.G, M,
       [&](int64_t g) {
         return WeightView<const T>{weight.at(g * M, 0), weight.stride_n, weight.stride_c, weight.stride_h,
@@ -321,7 +393,10 @@ template <class T>
 void Direct::grad_weight(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> input,
                          Strided4d<T> grad_weight) {
   if (shape.C == 0) return;
-  const Gather<T> gather = gather_input(shape, input);
+  const Gather<T> all = gather_input(shape, input);
+  const Inside rows_inside = inside_rows(all), columns_inside = inside_columns(all);
+  const Gather<T> gather = inside_of(all, rows_inside, columns_inside);
+  grad = inside_of(grad, rows_inside, columns_inside);
   const int64_t M = shape.K / shape.G;
   const Pieces cuts(gather.D, kGradTerms / int64_t(gather.taps.size()));
   std::vector<std::unique_ptr<GradPart<T>>> parts;
@@ -356,7 +431,7 @@ void Direct::grad_weight(const Conv2dShape& shape, Strided4d<const T> grad, Stri
   };
 
   Scratch<T> partial(chunks > 1 ? tasks * chunks * most_terms * most_width : 0);
-  const int64_t products = ceil_div(shape.N * shape.P * shape.Q, chunks) * most_terms * most_width;
+  const int64_t products = ceil_div(gather.N * gather.I * gather.J, chunks) * most_terms * most_width;
   parallel_for(tasks * chunks, grain_of(products), [&](int64_t begin, int64_t end) {
     int64_t most_memory = 0, most_pixels = 0;
     for (const auto& part : parts) {
