@@ -29,6 +29,8 @@ namespace {
 
 constexpr int64_t kGradTerms = 640;           // of a task's part of grad_weight, which stays in the second cache
 constexpr int64_t kFewPixels = 64;            // of a block at least, if there are so many
+constexpr int64_t kSharedPixels = 256;        // that all tasks read, instead of all weights, where kernels are 1 x 1
+constexpr int64_t kManyPanels = 4;            // which is worth it from so many panels of weights on
 constexpr int64_t kTurnedElements = 1 << 20;  // of grad_input before it is turned into planes, some images at a time
 constexpr int64_t kTurnedPixels = 64;         // turned at once
 constexpr int64_t kMoveProducts = 4;          // multiply-adds in the time in which an element is turned
@@ -101,14 +103,23 @@ void pack_weights(const Gather<T>& gather, int64_t G, const std::vector<Terms>& 
   });
 }
 
+// Few pixels are cut into more blocks: sharing panels instead, tasks would gather the same pixels. With a single tap they
+// hardly need to be gathered: there tasks share panels, and each packs its own weights.
+template <class T>
+int64_t pixels_of_block(const Gather<T>& gather, int64_t M) {
+  const int64_t pixels = gather.N * gather.I * gather.J;
+  const bool share_panels = M >= kManyPanels * kPanelVectors * kLanes<T>;
+  if (gather.taps.size() == 1 && pixels <= kSharedPixels && share_panels) return kSharedPixels;
+  return std::clamp(pixels / kEnoughTasks, kFewPixels, kBlockPixels);
+}
+
 // target[n, g*M + m, i, j] = bias[g*M + m] + sum over d, tap of weight[g*M + m, d, tap] * gathered source; weight_of(g)
 // is the group's WeightView
 template <class T, class WeightOf>
 void gather_and_multiply(const Gather<T>& gather, int64_t G, int64_t M, const WeightOf& weight_of, const T* bias,
                          int64_t bias_stride, const Strided4d<T>& target) {
   if (gather.N * gather.I * gather.J == 0 || M == 0) return;
-  // few pixels are cut into more blocks: sharing panels instead, tasks would gather the same pixels
-  const int64_t block_pixels = std::clamp(gather.N * gather.I * gather.J / kEnoughTasks, kFewPixels, kBlockPixels);
+  const int64_t block_pixels = pixels_of_block(gather, M);
   const Pieces channel_cuts = cut_channels(gather, block_pixels);
   const Gather<T> part = with_depth(gather, channel_cuts.most());
   const Slab<T> slab(part, block_pixels);
