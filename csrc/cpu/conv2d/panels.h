@@ -140,7 +140,11 @@ void pack_weight(const WeightView<const T>& weight, const Panel& panel, const st
       for (int64_t q = 0; q < count; q += L) {
         const int64_t lanes = std::min(L, count - q);
         Vector<T> block[L] = {};
-        for (int64_t i = 0; i < columns; ++i) block[i] = load_as<T>(from + (j + i) * view.stride_m + q, lanes);
+        for (int64_t i = 0; i < columns; ++i) {
+          const T* at = from + (j + i) * view.stride_m + q;
+          block[i] = load_as<T>(at, lanes);
+          __builtin_prefetch(at + (j + L < panel.count ? L * view.stride_m : count - j * view.stride_m));
+        }
         transpose<T>(block);
         for (int64_t i = 0; i < lanes; ++i) {
           if (row[q + i] >= 0) store_vector(packed + row[q + i] * panel.width + j, block[i]);
