@@ -164,10 +164,10 @@ void multiply_scattered_tile(int64_t depth, const Rows& rows, const T* columns, 
   sum_tile(depth, rows, columns, column_stride, tile);
 #pragma GCC unroll 16
   for (int m = 0; m < ROWS; ++m) {
+    T* sum = sums[m];
+    const T* before = start != nullptr ? start : sum;
     for (int v = 0; v < VECTORS; ++v) {
-      T* sum = sums[m] + v * kLanes<T>;
-      const T* before = start != nullptr ? start + v * kLanes<T> : sum;
-      store_vector(sum, load_vector(before) + tile[m][v]);
+      store_vector(sum + v * kLanes<T>, load_vector(before + v * kLanes<T>) + tile[m][v]);
     }
   }
 }
