@@ -323,6 +323,12 @@ inline T sum_of_lanes(Vector<T> vector) {
   }
 }
 
+// Lanes 0, 2, 4, ... of the first and then of the second vector; with FIRST = 1, lanes 1, 3, 5, ...
+template <int FIRST, class V, int... LANE>
+inline V every_second(V first, V second, std::integer_sequence<int, LANE...>) {
+  return __builtin_shufflevector(first, second, (2 * LANE + FIRST)...);
+}
+
 // `rows` becomes its transpose: in stage `distance` = 1, 2, 4, ... rows that far apart swap the lanes that far apart.
 template <class T, int... LANE>
 inline void swap_lanes(Vector<T>& upper, Vector<T>& lower, auto distance, std::integer_sequence<int, LANE...>) {

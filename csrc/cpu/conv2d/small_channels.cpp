@@ -50,15 +50,16 @@ struct Results {
   int64_t plane, pitch;
 };
 
-// sums[m][o] += sum over r of weight[r*M + m] * rows[o + r], R neighbouring rows of the kernel known when compiling
-template <int R, int M, int ROWS, class T>
+// sums[m][o] += sum over r of weight[r*M + m] * rows[o*STEP + r], R neighbouring rows of the kernel known when
+// compiling
+template <int R, int STEP, int M, int ROWS, class T>
 inline void add_known_rows(const T* rows, int64_t pitch, const T* weight, Vector<T> (&sums)[M][ROWS]) {
-#pragma GCC unroll 16
-  for (int y = 0; y < ROWS - 1 + R; ++y) {
+#pragma GCC unroll 24
+  for (int y = 0; y < (ROWS - 1) * STEP + R; ++y) {
     const Vector<T> x = load_vector(rows + y * pitch);
 #pragma GCC unroll 8
     for (int o = 0; o < ROWS; ++o) {
-      const int r = y - o;
+      const int r = y - o * STEP;
       if (r < 0 || r >= R) continue;
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) sums[m][o] += weight[r * M + m] * x;
@@ -80,53 +81,60 @@ inline void add_any_rows(const T* rows, int64_t pitch, const Axis& h, const T* w
 }
 
 // to[m][o][0 .. count) = bias[m] + sum over d, s, r of weight[d, s, r, m] * source[d][o*step + r*spacing][column[s]]
-// for M channels and ROWS rows; R = 0: any taps
-template <int R, int M, int ROWS, class T>
+// for M channels and ROWS rows; R = 0: any taps, else so many, STEP = step and spacing = 1
+template <int R, int STEP, int M, int ROWS, class T>
 void sum_tile(const Planes<T>& source, const Axis& h, int64_t taps_w, const T* weight, const T* bias, int64_t count,
               const Results<T>& to) {
-  Vector<T> totals[M][ROWS];
-  for (int m = 0; m < M; ++m) {
-    for (int o = 0; o < ROWS; ++o) totals[m][o] = Vector<T>{} + bias[m];
-  }
+  Vector<T> sums[M][ROWS], done[M][ROWS] = {};  // of a block, and of the blocks before it
   const int64_t most = std::max<int64_t>(1, kBlockTerms / std::max<int64_t>(1, h.taps));  // pairs (d, s) of a block
   const int64_t pairs = source.D * taps_w;
-  int64_t d = 0, s = 0;
-  for (int64_t pair = 0; pair < pairs;) {
-    Vector<T> sums[M][ROWS] = {};
+  bool is_first = true;
+  const auto before = [&](int m, int o) { return is_first ? Vector<T>{} + bias[m] : done[m][o]; };
+  for (int64_t pair = 0, d = 0, s = 0;; is_first = false) {
+    clear_tile(sums);
     for (const int64_t end = std::min(pairs, pair + most); pair < end; ++pair, weight += h.taps * M) {
       const T* rows = source.data + d * source.plane + source.column[s];
-      if constexpr (R > 0) add_known_rows<R, M, ROWS>(rows, source.pitch, weight, sums);
+      if constexpr (R > 0) add_known_rows<R, STEP, M, ROWS>(rows, source.pitch, weight, sums);
       if constexpr (R == 0) add_any_rows<M, ROWS>(rows, source.pitch, h, weight, sums);
       if (++s == taps_w) s = 0, ++d;
     }
+    if (pair == pairs) break;  // the usual case: a single block, with all of its sums in registers
     for (int m = 0; m < M; ++m) {
-      for (int o = 0; o < ROWS; ++o) totals[m][o] += sums[m][o];
+      for (int o = 0; o < ROWS; ++o) done[m][o] = before(m, o) + sums[m][o];
     }
   }
+#pragma GCC unroll 4
   for (int m = 0; m < M; ++m) {
-    for (int o = 0; o < ROWS; ++o) store_as<T>(to.data + m * to.plane + o * to.pitch, count, totals[m][o]);
+#pragma GCC unroll 8
+    for (int o = 0; o < ROWS; ++o) {
+      store_as<T>(to.data + m * to.plane + o * to.pitch, count, before(m, o) + sums[m][o]);
+    }
   }
 }
 
 template <class T>
 using SumTile = void (*)(const Planes<T>&, const Axis&, int64_t, const T*, const T*, int64_t, const Results<T>&);
 
+// The usual kernels; the others take any_taps.
 template <int M, int ROWS, class T>
 SumTile<T> tile_for(const Axis& h) {
-  if (h.step != 1 || (h.spacing != 1 && h.taps > 1)) return &sum_tile<0, M, ROWS, T>;
+  const SumTile<T> any_taps = &sum_tile<0, 1, M, ROWS, T>;
+  if (h.spacing != 1 && h.taps > 1) return any_taps;
+  if (h.step == 2 && h.taps == 3) return &sum_tile<3, 2, M, ROWS, T>;
+  if (h.step != 1) return any_taps;
   switch (h.taps) {
     case 1:
-      return &sum_tile<1, M, ROWS, T>;
+      return &sum_tile<1, 1, M, ROWS, T>;
     case 2:
-      return &sum_tile<2, M, ROWS, T>;
+      return &sum_tile<2, 1, M, ROWS, T>;
     case 3:
-      return &sum_tile<3, M, ROWS, T>;
+      return &sum_tile<3, 1, M, ROWS, T>;
     case 4:
-      return &sum_tile<4, M, ROWS, T>;
+      return &sum_tile<4, 1, M, ROWS, T>;
     case 5:
-      return &sum_tile<5, M, ROWS, T>;
+      return &sum_tile<5, 1, M, ROWS, T>;
     default:
-      return &sum_tile<0, M, ROWS, T>;
+      return any_taps;
   }
 }
 
@@ -140,7 +148,7 @@ struct RowTile {
   static RowTile of(const Axis& h, int64_t I) {
     if (M == 1 && I >= kOneChannelRows) return {kOneChannelRows, tile_for<1, kOneChannelRows, T>(h)};
     if (I >= kTileRows) return {kTileRows, tile_for<M, kTileRows, T>(h)};
-    return {1, &sum_tile<0, M, 1, T>};
+    return {1, &sum_tile<0, 1, M, 1, T>};
   }
   static RowTile of(const Axis& h, int64_t I, int64_t M) {
     if constexpr (kTileChannels == 4) {
@@ -216,10 +224,29 @@ class Packing {
 
  private:
   void take_apart(const T* line, int64_t begin, int64_t end, T* to) const {
+    if (w_.step == 2)
+      return take_two_apart(line, end - begin, to + begin % 2 * width_ + begin / 2,
+                            to + (begin + 1) % 2 * width_ + (begin + 1) / 2);
     for (int64_t phase = 0; phase < w_.step; ++phase) {
       const int64_t i = ceil_div(std::max<int64_t>(0, begin - phase), w_.step);
       T* row = to + phase * width_ + i;
       for (int64_t x = phase + i * w_.step; x < end; x += w_.step) *row++ = line[x - begin];
+    }
+  }
+
+  // even[i] = line[2*i], odd[i] = line[2*i + 1] for all `count` of the line
+  static void take_two_apart(const T* line, int64_t count, T* even, T* odd) {
+    constexpr int64_t L = kLanes<T>;
+    using AllLanes = std::make_integer_sequence<int, kLanes<T>>;
+    int64_t i = 0;
+    for (; 2 * i + 2 * L <= count; i += L) {
+      const Vector<T> first = load_vector(line + 2 * i), second = load_vector(line + 2 * i + L);
+      store_vector(even + i, every_second<0>(first, second, AllLanes{}));
+      store_vector(odd + i, every_second<1>(first, second, AllLanes{}));
+    }
+    for (; 2 * i < count; ++i) {
+      even[i] = line[2 * i];
+      if (2 * i + 1 < count) odd[i] = line[2 * i + 1];
     }
   }
 
