@@ -16,6 +16,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "../parallel.h"
@@ -37,20 +38,29 @@ constexpr int64_t kMoveProducts = 4;          // multiply-adds in the time in wh
 
 // ---- launchers -----------------------------------------------------------------------------------
 
-// A block of channels at every tap, which are gathered together: all terms, cut into what one tile sums in registers.
+// A block of channels at every tap, which are gathered together: all terms, cut into runs, whose weights are packed
+// together, and these into what one tile sums in registers.
 struct Terms {
   struct Run {
-    int64_t d, count;  // channels, counted from the group's first
-    std::vector<int64_t> offsets;
+    int64_t d, count;                          // channels, counted from the group's first
+    std::vector<std::vector<int64_t>> pieces;  // offsets of the terms (tap, channel)
   };
   int64_t d, count;
   std::vector<Run> runs;
 };
 
+// Channels of a run: as many as all taps leave room for. Where that is less than a cache line of them, the taps are
+// cut, too, or each line would be read by one run after the other.
+template <class T>
+int64_t channels_of_run(const Gather<T>& gather) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  return std::max(kLine, kBlockTerms / std::max<int64_t>(1, gather.taps.size()));
+}
+
 // The channels cut so that a block of pixels fits the slab, as whole runs if possible.
 template <class T>
 Pieces cut_channels(const Gather<T>& gather, int64_t block_pixels) {
-  const int64_t run = std::max<int64_t>(1, kBlockTerms / std::max<int64_t>(1, gather.taps.size()));
+  const int64_t run = channels_of_run(gather);
   return Pieces(gather.D, std::max(run, slab_channels(gather, block_pixels) / run * run));
 }
 
@@ -58,14 +68,18 @@ template <class T>
 std::vector<Terms> cut_terms(const Gather<T>& gather, const Pieces& channels, const Slab<T>& slab) {
   std::vector<Terms> all;
   for (int64_t b = 0; b < channels.count; ++b) {
-    const Pieces runs(channels.length(b), kBlockTerms / std::max<int64_t>(1, gather.taps.size()));
+    const Pieces runs(channels.length(b), channels_of_run(gather));
+    const Pieces taps(gather.taps.size(), kBlockTerms / std::max<int64_t>(1, runs.most()));
     all.push_back({channels.begin(b), channels.length(b), {}});
     for (int64_t r = 0; r < runs.count; ++r) {
-      all.back().runs.push_back({channels.begin(b) + runs.begin(r), runs.length(r), {}});
-      slab.offsets_of_terms(runs.begin(r), runs.length(r), all.back().runs.back().offsets);
+      Terms::Run run{channels.begin(b) + runs.begin(r), runs.length(r), {}};
+      for (int64_t t = 0; t < taps.count; ++t) {
+        run.pieces.push_back(slab.offsets_of_terms(taps.begin(t), taps.length(t), runs.begin(r), runs.length(r)));
+      }
+      all.back().runs.push_back(std::move(run));
     }
   }
-  if (all.empty()) all.push_back({0, 0, {{}}});  // a sum of nothing is the bias
+  if (all.empty()) all.push_back({0, 0, {{0, 0, {{}}}}});  // a sum of nothing is the bias
   return all;
 }
 
@@ -103,8 +117,8 @@ void pack_weights(const Gather<T>& gather, int64_t G, const std::vector<Terms>& 
   });
 }
 
-// Few pixels are cut into more blocks: sharing panels instead, tasks would gather the same pixels. With a single tap they
-// hardly need to be gathered: there tasks share panels, and each packs its own weights.
+// Few pixels are cut into more blocks: sharing panels instead, tasks would gather the same pixels. With a single tap
+// they hardly need to be gathered: there tasks share panels, and each packs its own weights.
 template <class T>
 int64_t pixels_of_block(const Gather<T>& gather, int64_t M) {
   const int64_t pixels = gather.N * gather.I * gather.J;
@@ -138,7 +152,7 @@ void gather_and_multiply(const Gather<T>& gather, int64_t G, int64_t M, const We
   parallel_for(G * blocks * splits.count, grain_of(products), [&](int64_t begin, int64_t end) {
     const int64_t most_sums = slab.most_pixels() * kPanelVectors * kLanes<T>;  // of a panel
     Scratch<T> memory(slab.size()), sums((terms.size() > 1 ? splits.most() : 1) * most_sums);
-    Scratch<T> own_weight(shared ? 0 : std::max<int64_t>(kBlockTerms, gather.taps.size()) * kPanelVectors * kLanes<T>);
+    Scratch<T> own_weight(shared ? 0 : channels_of_run(gather) * gather.taps.size() * kPanelVectors * kLanes<T>);
     T start[kPanelVectors * kLanes<T>];
     std::vector<int64_t> offsets;
     std::vector<T*> places;
@@ -162,16 +176,19 @@ void gather_and_multiply(const Gather<T>& gather, int64_t G, int64_t M, const We
           T* sums_of_panel = sums.data() + (terms.size() > 1 ? p - splits.begin(split) : 0) * most_sums;
           const bool in_place = rows_of_sums(places, channels, target.stride_c, sums_of_panel, rows);
           const T* columns = packed.data() + (g * panels.padded() + panel.first) * depth + done * panel.width;
+          const T* begin_from = &some == &terms.front() ? start : nullptr;
           for (const Terms::Run& run : some.runs) {
             if (!shared) {
               pack_weight(weight_of(g), panel, gather.taps, run.d, run.count, own_weight.data());
               columns = own_weight.data();
             }
-            const bool first = &some == &terms.front() && &run == &some.runs.front();
-            multiply(pixels, source, offsets.data(), run.offsets, columns, panel.width, panel.width,
-                     first ? start : nullptr, rows.data(),
-                     {.rows = slab.in_place() && p == splits.begin(split), .sums = first && in_place});
-            columns += run.offsets.size() * panel.width;
+            for (const std::vector<int64_t>& piece : run.pieces) {
+              multiply(
+                  pixels, source, offsets.data(), piece, columns, panel.width, panel.width, begin_from, rows.data(),
+                  {.rows = slab.in_place() && p == splits.begin(split), .sums = begin_from != nullptr && in_place});
+              columns += piece.size() * panel.width;
+              begin_from = nullptr;
+            }
           }
           if (!in_place && &some == &terms.back()) write_pixels(sums_of_panel, channels, places, target.stride_c);
         }
@@ -392,9 +409,11 @@ struct GradPart {
   Slab<T> slab;
   std::vector<int64_t> terms;
 
-  GradPart(int64_t first, int64_t D, const Gather<T>& all) : first(first), gather(with_depth(all, D)), slab(gather) {
-    slab.offsets_of_terms(0, D, terms);
-  }
+  GradPart(int64_t first, int64_t D, const Gather<T>& all)
+      : first(first),
+        gather(with_depth(all, D)),
+        slab(gather),
+        terms(slab.offsets_of_terms(0, gather.taps.size(), 0, D)) {}
   GradPart(const GradPart&) = delete;
 };
 

@@ -207,12 +207,15 @@ class Slab {
       }
     }
   }
-  // of channels [d, d + count) at every tap
-  void offsets_of_terms(int64_t d, int64_t count, std::vector<int64_t>& offsets) const {
-    for (const Tap& tap : gather_.taps) {
-      const int64_t first = rows_.of_tap(tap.h) * stride_h_ + columns_.of_tap(tap.w) * stride_w_;
+  // of channels [d, d + count) at taps [tap, tap + tap_count)
+  std::vector<int64_t> offsets_of_terms(int64_t tap, int64_t tap_count, int64_t d, int64_t count) const {
+    std::vector<int64_t> offsets;
+    for (int64_t t = tap; t < tap + tap_count; ++t) {
+      const Tap& at = gather_.taps[t];
+      const int64_t first = rows_.of_tap(at.h) * stride_h_ + columns_.of_tap(at.w) * stride_w_;
       for (int64_t i = d; i < d + count; ++i) offsets.push_back(first + i * stride_c_);
     }
+    return offsets;
   }
 
  private:
