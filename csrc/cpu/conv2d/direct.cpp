@@ -31,6 +31,7 @@ namespace {
 constexpr int64_t kGradTerms = 640;           // of a task's part of grad_weight, which stays in the second cache
 constexpr int64_t kFewPixels = 64;            // of a block at least, if there are so many
 constexpr int64_t kSharedPixels = 256;        // that all tasks read, instead of all weights, where kernels are 1 x 1
+constexpr int64_t kManyWeights = 1 << 18;     // elements
 constexpr int64_t kManyPanels = 4;            // which is worth it from so many panels of weights on
 constexpr int64_t kTurnedElements = 1 << 20;  // of grad_input before it is turned into planes, some images at a time
 constexpr int64_t kTurnedPixels = 64;         // turned at once
@@ -124,6 +125,7 @@ int64_t pixels_of_block(const Gather<T>& gather, int64_t M) {
   const int64_t pixels = gather.N * gather.I * gather.J;
   const bool share_panels = M >= kManyPanels * kPanelVectors * kLanes<T>;
   if (gather.taps.size() == 1 && pixels <= kSharedPixels && share_panels) return kSharedPixels;
+  if (M * gather.terms() > kManyWeights) return kBlockPixels;
   return std::clamp(pixels / kEnoughTasks, kFewPixels, kBlockPixels);
 }
 
