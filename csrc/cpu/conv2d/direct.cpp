@@ -125,7 +125,7 @@ int64_t pixels_of_block(const Gather<T>& gather, int64_t M) {
   const int64_t pixels = gather.N * gather.I * gather.J;
   const bool share_panels = M >= kManyPanels * kPanelVectors * kLanes<T>;
   if (gather.taps.size() == 1 && pixels <= kSharedPixels && share_panels) return kSharedPixels;
-  if (M * gather.terms() > kManyWeights) return kBlockPixels;
+  if (M * gather.terms() > kManyWeights) return 2 * kBlockPixels;
   return std::clamp(pixels / kEnoughTasks, kFewPixels, kBlockPixels);
 }
 
