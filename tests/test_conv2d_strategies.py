@@ -103,12 +103,12 @@ class StrategyCase:
 
 
 def pointwise_cases():
-    """Around a panel of pixels (16, 32 or 64), the terms summed at a time (288) and whole tiles of channels."""
+    """Around a panel of pixels (16, 32 or 64), the terms summed at a time (144) and whole tiles of channels."""
     for pixels in (1, 15, 16, 17, 49, 63, 64, 65, 130):
         yield f"{pixels}_pixels", (2, 5, 1, pixels), 7, 1, 1
     for pixels in (96, 196):  # vectors that whole panels do not divide: full to the last (written in place), or not
         yield f"{pixels}_pixels_of_one_image", (1, 5, 1, pixels), 7, 1, 1
-    for channels in (287, 288, 289, 600):
+    for channels in (143, 144, 145, 600):
         yield f"{channels}_channels", (1, channels, 5, 13), 9, 1, 1
     yield "many_channels_out", (1, 20, 7, 7), 70, 1, 1
     yield "stride_2", (3, 6, 9, 12), 8, 2, 1
@@ -164,6 +164,11 @@ def direct_cases():
     yield "stride_1_2_planes", (2, 7, 9, 22), 5, (3, 3), (1, 2), (1, 1, 1, 1), (1, 1)
     yield "stride_3_skips_in_planes", (2, 7, 10, 22), 5, (2, 2), (3, 3), (0, 0, 0, 0), (1, 1)
     yield "many_strided_planes", (3, 70, 90, 90), 8, (1, 1), (2, 2), (0, 0, 0, 0), (1, 1)
+    yield "only_padding_around", (2, 40, 7, 9), 20, (1, 1), (2, 2), (3, 4, 3, 2), (1, 1)
+    yield "only_padding", (2, 10, 3, 3), 20, (1, 1), (9, 9), (4, 4, 4, 4), (1, 1)
+    yield "shared_pixels", (1, 30, 9, 9), 300, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1)
+    yield "many_weights_of_few_channels_out", (1, 700, 14, 14), 48, (3, 3), (2, 2), (1, 1, 1, 1), (1, 1)
+    yield "7x7_cut_by_taps", (1, 20, 12, 12), 20, (7, 7), (2, 2), (3, 3, 3, 3), (1, 1)
     yield "taps_far_apart", (1, 130, 9, 300), 20, (3, 3), (2, 2), (0, 0, 0, 0), (1, 1)
 
 

@@ -119,14 +119,15 @@ void pack_weights(const Gather<T>& gather, int64_t G, const std::vector<Terms>& 
 }
 
 // Few pixels are cut into more blocks: sharing panels instead, tasks would gather the same pixels. With a single tap
-// they hardly need to be gathered: there tasks share panels, and each packs its own weights.
+// they hardly need to be gathered: there tasks share panels, and each packs its own weights. And where weights are more
+// than a cache holds, blocks are larger, for each reads all of them.
 template <class T>
 int64_t pixels_of_block(const Gather<T>& gather, int64_t M) {
-  const int64_t pixels = gather.N * gather.I * gather.J;
-  const bool share_panels = M >= kManyPanels * kPanelVectors * kLanes<T>;
-  if (gather.taps.size() == 1 && pixels <= kSharedPixels && share_panels) return kSharedPixels;
-  if (M * gather.terms() > kManyWeights) return 2 * kBlockPixels;
-  return std::clamp(pixels / kEnoughTasks, kFewPixels, kBlockPixels);
+  const int64_t pixels = gather.N * gather.I * gather.J, panels = PanelCuts<T>(M).count();
+  if (gather.taps.size() == 1 && pixels <= kSharedPixels && panels >= kManyPanels) return kSharedPixels;
+  const bool many_weights = M * gather.terms() > kManyWeights;
+  const int64_t blocks = many_weights ? ceil_div(kEnoughTasks, panels) : kEnoughTasks;
+  return std::clamp(pixels / blocks, kFewPixels, many_weights ? 2 * kBlockPixels : kBlockPixels);
 }
 
 // target[n, g*M + m, i, j] = bias[g*M + m] + sum over d, tap of weight[g*M + m, d, tap] * gathered source; weight_of(g)
@@ -230,6 +231,7 @@ Gather<T> inside_of(Gather<T> gather, const Inside& rows, const Inside& columns)
     tap.w += columns.begin * gather.step_w;
   }
   gather.I = rows.size(), gather.J = columns.size();
+  if (gather.I * gather.J == 0) gather.N = 0, gather.I = gather.J = 1;  // no pixels, as of no images
   return gather;
 }
 template <class T>
