@@ -25,7 +25,7 @@ constexpr int kFewRows = kTileRows / 2;
 constexpr int kFewRowsVectors = kVectorRegisters == 32 ? 6 : 4;
 
 // Terms summed in registers before memory is touched: a panel of this depth fits the first or second cache.
-constexpr int64_t kTileDepth = 256;
+constexpr int64_t kTileDepth = 160;
 
 // The left operand packed: (depth, kTileRows).
 template <class T>
@@ -65,6 +65,7 @@ struct EvenlySpaced {
 template <int ROWS, int VECTORS, class T, class Rows>
 inline void sum_tile(int64_t depth, const Rows& rows, const T* columns, int64_t column_stride,
                      Vector<T> (&tile)[ROWS][VECTORS]) {
+#pragma GCC unroll 2
   for (int64_t l = 0; l < depth; ++l) {
     Vector<T> column[VECTORS];
     for (int v = 0; v < VECTORS; ++v) column[v] = load_vector(columns + l * column_stride + v * kLanes<T>);
@@ -138,8 +139,9 @@ struct Start {
 
 // One tile of ROWS rows by VECTORS vectors, written to sums (ROWS, sum_stride).
 template <int ROWS, int VECTORS, class T, class Rows>
-void multiply_tile(int64_t depth, const Rows& rows, const T* columns, int64_t column_stride, const Start<T>& start,
+void multiply_tile(int64_t depth, const Rows& rows, const T* columns, int64_t column_stride, const Start<T>& begin,
                    T* sums, int64_t sum_stride) {
+  const Start<T> start = begin;  // sums could be written over it, for all the compiler knows
   Vector<T> tile[ROWS][VECTORS];
   clear_tile(tile);
   sum_tile(depth, rows, columns, column_stride, tile);
