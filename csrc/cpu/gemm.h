@@ -262,12 +262,16 @@ class Panels {
     }
   }
 
-  // The same for one tile of packed rows, depth <= kTileDepth, added to sums.
-  void multiply(int64_t panel, int64_t depth, int64_t row_count, const Interleaved<T>& rows, T* sums,
-                int64_t sum_stride) const {
-    const int64_t vectors = first_vector(panel + 1) - first_vector(panel);
+  // The same for one tile of packed rows. Its sums are asked for at once: they come when the products are done.
+  void multiply(int64_t panel, int64_t depth, int64_t row_count, const Interleaved<T>& rows, const Start<T>& start,
+                T* sums, int64_t sum_stride) const {
+    const int64_t vectors = first_vector(panel + 1) - first_vector(panel), width = vectors * kLanes<T>;
+    constexpr int64_t kLine = 64 / sizeof(T);
+    for (int64_t m = 0; m < row_count; ++m) {
+      for (int64_t j = 0; j < width; j += kLine) __builtin_prefetch(sums + m * sum_stride + j, 1);
+    }
     const auto tile = tile_of<T, Interleaved<T>>(row_count, vectors);
-    tile(depth, rows, this->panel(panel), vectors * kLanes<T>, Start<T>{sums, sum_stride}, sums, sum_stride);
+    tile(depth, rows, this->panel(panel), width, start, sums, sum_stride);
   }
 
   // columns[l][j] = row[j]

@@ -30,6 +30,7 @@ constexpr int64_t kCacheBytes = 1 << 20;     // of weights that stay in a core's
 constexpr int64_t kLeastSlice = 2;           // sequences of a slice: a weight must serve two once it is loaded
 constexpr int64_t kBlockRows = 128;          // rows of x, or of u, multiplied at once
 constexpr int64_t kChunkElements = 1 << 20;  // gates of a chunk of steps: 4 MiB, the workspace's bound
+constexpr int64_t kProductRows = 256;        // whose products are summed before memory is touched
 constexpr int64_t kBiasRows = 128;           // summed before their sum goes on: long sums are made of short ones
 
 // ---- kernels: what forward and backward share ------------------------------------------------------
@@ -469,15 +470,13 @@ class Backward {
         hh_(in.weight_hh, shape.H, shape.H, plan_.most_vectors, plan_.sharing),
         dh_(shape.B * Hp_),
         direct_(shape.reset == Reset::before ? shape.B * Hp_ : 0),
-        weight_ih_(wanted.weight_ih == nullptr ? 0 : 2 * shape.H * Ip_),
-        weight_hh_(wanted.weight_hh == nullptr ? 0 : 2 * shape.H * Hp_),
+        weight_ih_(wanted.weight_ih, 2 * shape.H, shape.I),
+        weight_hh_(wanted.weight_hh, 2 * shape.H, shape.H),
         bias_(width_) {
     std::fill_n(dh_.data(), shape.B * Hp_, A(0));
     for (int64_t b = 0; grad.grad_h_n != nullptr && b < shape.B; ++b) {
       convert_row(grad.grad_h_n + b * shape.H, shape.H, dh_.data() + b * Hp_);
     }
-    if (wanted.weight_ih != nullptr) std::fill_n(weight_ih_.data(), 2 * shape.H * Ip_, A(0));
-    if (wanted.weight_hh != nullptr) std::fill_n(weight_hh_.data(), 2 * shape.H * Hp_, A(0));
     std::fill_n(bias_.data(), width_, A(0));
     if (wanted.input != nullptr) ih_.emplace(in.weight_ih, shape.H, shape.I, kTileVectors);
   }
@@ -505,6 +504,23 @@ class Backward {
     const bool has = before >= 0 && before < shape_.T && b < shape_.rows(before);
     return has ? grad_.output + (shape_.first[before] + b) * shape_.H : in_.h0 + b * shape_.H;
   }
+
+  // Where the sums of a weight's gradient are made: in the gradient itself where its rows are whole vectors of them.
+  struct WeightSums {
+    T* wanted;
+    int64_t rows, columns, stride;
+    bool in_place;
+    Scratch<A> own;
+
+    WeightSums(T* wanted, int64_t rows, int64_t columns)
+        : wanted(wanted),
+          rows(rows),
+          columns(columns),
+          stride(padded(columns, L)),
+          in_place(std::is_same_v<T, A> && columns == stride),
+          own(wanted == nullptr || in_place ? 0 : rows * stride) {}
+    A* data() { return in_place ? reinterpret_cast<A*>(wanted) : own.data(); }
+  };
 
   // A chunk of steps of all sequences.
   struct Part {
@@ -665,18 +681,19 @@ class Backward {
 
     // [grad_W_ir; grad_W_in] += sum over rows of [u_r | u_n]^T x
     void add_weight_ih() {
-      add_products({0, f.n_part()}, f.shape_.I, f.weight_ih_.data(), f.Ip_, [&](int64_t, int64_t t, int64_t b, A* to) {
-        return as_sums(f.in_.input.row(t, b), f.shape_.I, to);
-      });
+      add_products(
+          {0, f.n_part()}, f.shape_.I, f.weight_ih_.data(), f.weight_ih_.stride,
+          [&](int64_t, int64_t t, int64_t b, A* to) { return as_sums(f.in_.input.row(t, b), f.shape_.I, to); });
     }
 
     // [grad_W_hr; grad_W_hn] += sum over rows of [u_r | u_h]^T h'; in "before" u_n meets q = r h'
     void add_weight_hh() {
       const int64_t H = f.shape_.H;
       const auto h = [&](int64_t, int64_t t, int64_t b, A* to) { return as_sums(f.h_before(t, b), H, to); };
-      if (f.shape_.reset != Reset::before) return add_products({0, f.h_part()}, H, f.weight_hh_.data(), f.Hp_, h);
-      add_products({0}, H, f.weight_hh_.data(), f.Hp_, h);
-      add_products({f.n_part()}, H, f.weight_hh_.data() + H * f.Hp_, f.Hp_,
+      if (f.shape_.reset != Reset::before)
+        return add_products({0, f.h_part()}, H, f.weight_hh_.data(), f.weight_hh_.stride, h);
+      add_products({0}, H, f.weight_hh_.data(), f.weight_hh_.stride, h);
+      add_products({f.n_part()}, H, f.weight_hh_.data() + H * f.weight_hh_.stride, f.weight_hh_.stride,
                    [&](int64_t, int64_t t, int64_t b, A* to) -> const A* {
                      const T* h = f.h_before(t, b);
                      const T* r = f.grad_.gates + (f.shape_.first[t] + b) * H;
@@ -689,30 +706,32 @@ class Backward {
     }
 
     // sums[p*H + m][j] += sum over rows of u[row][parts[p] + m] * right(row)[j], the parts being H columns wide
-    //   right(row, t, b, buffer) is a row of N, in the buffer or elsewhere
+    //   right(row, t, b, buffer) is a row of N, in the buffer or elsewhere; the first chunk begins the sums
     template <class Right>
     void add_products(const Ints& parts, int64_t N, A* sums, int64_t sum_stride, const Right& right) {
       const int64_t H = f.shape_.H, tiles = ceil_div(H, kTileRows), rows = chunk.rows();
       parallel_for(int64_t(parts.size()) * tiles, grain_of(rows * kTileRows * N), [&](int64_t begin, int64_t end) {
-        Scratch<A> left((end - begin) * kTileDepth * kTileRows), buffer(N);
-        Panels<A> panels(kTileDepth, N, kTileVectors);
-        for (int64_t first = 0; first < rows; first += kTileDepth) {
-          const int64_t depth = std::min(kTileDepth, rows - first);
+        Scratch<A> left((end - begin) * kProductRows * kTileRows), buffer(N);
+        Panels<A> panels(kProductRows, N, kTileVectors);
+        for (int64_t first = 0; first < rows; first += kProductRows) {
+          const int64_t depth = std::min(kProductRows, rows - first);
           chunk.for_rows(first, first + depth, [&](int64_t row, int64_t t, int64_t b) {
             panels.pack_row(row - first, right(row, t, b, buffer.data()));
           });
           for (int64_t i = begin; i < end; ++i) {
             const int64_t m = i % tiles * kTileRows, count = std::min<int64_t>(kTileRows, H - m);
             const A* from = u.data() + first * f.width_ + parts[i / tiles] + m;
-            A* to = left.data() + (i - begin) * kTileDepth * kTileRows;
+            A* to = left.data() + (i - begin) * kProductRows * kTileRows;
             for (int64_t l = 0; l < depth; ++l, from += f.width_, to += kTileRows) std::copy_n(from, count, to);
           }
           for (int64_t p = 0; p < panels.count(); ++p) {
             for (int64_t i = begin; i < end; ++i) {
               const int64_t m = i % tiles * kTileRows, row = i / tiles * H + m;
-              const Interleaved<A> tile{left.data() + (i - begin) * kTileDepth * kTileRows};
+              const Interleaved<A> tile{left.data() + (i - begin) * kProductRows * kTileRows};
+              A* to = sums + row * sum_stride + panels.first_column(p);
+              const bool begun = first > 0 || chunk.end < f.shape_.T;
               panels.multiply(p, depth, std::min<int64_t>(kTileRows, H - m), tile,
-                              sums + row * sum_stride + panels.first_column(p), sum_stride);
+                              begun ? Start<A>{to, sum_stride} : Start<A>{}, to, sum_stride);
             }
           }
         }
@@ -738,10 +757,13 @@ class Backward {
   };
 
   void finish() {
-    const int64_t H = shape_.H, I = shape_.I;
+    const int64_t H = shape_.H;
     store_rows(shape_.B, H, dh_.data(), Hp_, wanted_.h0);
-    store_rows(2 * H, I, weight_ih_.data(), Ip_, wanted_.weight_ih);
-    store_rows(2 * H, H, weight_hh_.data(), Hp_, wanted_.weight_hh);
+    for (WeightSums* sums : {&weight_ih_, &weight_hh_}) {
+      if (sums->wanted == nullptr) continue;
+      if (shape_.rows() == 0) std::fill_n(sums->data(), sums->rows * sums->stride, A(0));
+      if (!sums->in_place) store_rows(sums->rows, sums->columns, sums->data(), sums->stride, sums->wanted);
+    }
     for (int64_t part = 0; part < 2; ++part) {
       store_rows(1, H, bias_.data() + part * n_part(), Hp_, wanted_.bias_ih, part * H);
       store_rows(1, H, bias_.data() + part * h_part(), Hp_, wanted_.bias_hh, part * H);
@@ -768,9 +790,10 @@ class Backward {
   const int64_t width_;    // of a row of u
   RowPanels<A> hh_;
   std::optional<RowPanels<A>> ih_;
-  Scratch<A> dh_;                            // (B, Hp): the gradient of each sequence's current h
-  Scratch<A> direct_;                        // (B, Hp), "before": dq r
-  Scratch<A> weight_ih_, weight_hh_, bias_;  // sums so far: (2H, Ip), (2H, Hp), (width)
+  Scratch<A> dh_;      // (B, Hp): the gradient of each sequence's current h
+  Scratch<A> direct_;  // (B, Hp), "before": dq r
+  WeightSums weight_ih_, weight_hh_;
+  Scratch<A> bias_;  // sums so far (width)
 };
 
 }  // namespace
