@@ -24,7 +24,7 @@ constexpr int kTileVectors = 3;
 constexpr int kFewRows = kTileRows / 2;
 constexpr int kFewRowsVectors = kVectorRegisters == 32 ? 6 : 4;
 
-// Terms summed in registers before memory is touched: a panel of this depth fits the first or second cache.
+// Terms summed in registers before memory is touched: a panel of this depth, 30 KiB, leaves room in the first cache.
 constexpr int64_t kTileDepth = 160;
 
 // The left operand packed: (depth, kTileRows).
@@ -139,9 +139,8 @@ struct Start {
 
 // One tile of ROWS rows by VECTORS vectors, written to sums (ROWS, sum_stride).
 template <int ROWS, int VECTORS, class T, class Rows>
-void multiply_tile(int64_t depth, const Rows& rows, const T* columns, int64_t column_stride, const Start<T>& begin,
-                   T* sums, int64_t sum_stride) {
-  const Start<T> start = begin;  // sums could be written over it, for all the compiler knows
+void multiply_tile(int64_t depth, const Rows& rows, const T* columns, int64_t column_stride, Start<T> start, T* sums,
+                   int64_t sum_stride) {
   Vector<T> tile[ROWS][VECTORS];
   clear_tile(tile);
   sum_tile(depth, rows, columns, column_stride, tile);
@@ -177,8 +176,8 @@ void multiply_scattered_tile(int64_t depth, const Rows& rows, const T* columns, 
 // ---- tiles of any size ---------------------------------------------------------------------------
 
 template <class T, class Rows>
-using Tile = void (*)(int64_t depth, const Rows& rows, const T* columns, int64_t column_stride, const Start<T>& start,
-                      T* sums, int64_t sum_stride);
+using Tile = void (*)(int64_t depth, const Rows& rows, const T* columns, int64_t column_stride, Start<T> start, T* sums,
+                      int64_t sum_stride);
 
 template <int VECTORS, class T, class Rows, int... ROW>
 Tile<T, Rows> tile_of(int64_t row_count, std::integer_sequence<int, ROW...>) {

@@ -31,8 +31,8 @@ namespace {
 constexpr int64_t kGradTerms = 640;           // of a task's part of grad_weight, which stays in the second cache
 constexpr int64_t kFewPixels = 64;            // of a block at least, if there are so many
 constexpr int64_t kSharedPixels = 256;        // that all tasks read, instead of all weights, where kernels are 1 x 1
-constexpr int64_t kManyWeights = 1 << 18;     // elements
-constexpr int64_t kManyPanels = 4;            // which is worth it from so many panels of weights on
+constexpr int64_t kManyPanels = 4;            // of weights, from which on sharing pixels is worth it
+constexpr int64_t kManyWeights = 1 << 18;     // elements, more than half a second cache
 constexpr int64_t kTurnedElements = 1 << 20;  // of grad_input before it is turned into planes, some images at a time
 constexpr int64_t kTurnedPixels = 64;         // turned at once
 constexpr int64_t kMoveProducts = 4;          // multiply-adds in the time in which an element is turned
@@ -155,7 +155,8 @@ void gather_and_multiply(const Gather<T>& gather, int64_t G, int64_t M, const We
   parallel_for(G * blocks * splits.count, grain_of(products), [&](int64_t begin, int64_t end) {
     const int64_t most_sums = slab.most_pixels() * kPanelVectors * kLanes<T>;  // of a panel
     Scratch<T> memory(slab.size()), sums((terms.size() > 1 ? splits.most() : 1) * most_sums);
-    Scratch<T> own_weight(shared ? 0 : channels_of_run(gather) * gather.taps.size() * kPanelVectors * kLanes<T>);
+    const int64_t run_terms = std::min(gather.D, channels_of_run(gather)) * int64_t(gather.taps.size());
+    Scratch<T> own_weight(shared ? 0 : run_terms * kPanelVectors * kLanes<T>);
     T start[kPanelVectors * kLanes<T>];
     std::vector<int64_t> offsets;
     std::vector<T*> places;

@@ -14,9 +14,8 @@ namespace dlkernels {
 // ---- tuning constants of the strategies that are matrix products -----------------------------------
 
 constexpr int kPanelVectors = kVectorRegisters == 32 ? 4 : 2;  // of channels: they divide the usual numbers of channels
-constexpr int64_t kBlockTerms = 144;        // summed before a sum goes to memory: 32 channels of a 3 x 3 kernel
+constexpr int64_t kBlockTerms = 144;        // summed before a sum goes to memory: their panel fits the first cache
 constexpr int64_t kEnoughTasks = 8;         // for a handful of threads to share the work evenly
-constexpr int64_t kPrefetchTerms = 288;     // of a row, up to which its tile asks for it: longer runs are noticed
 constexpr int64_t kTaskProducts = 1 << 17;  // multiply-adds (some 2 us) below which a second thread does not pay
 
 // Tasks of so many multiply-adds that one thread takes at least.
@@ -143,6 +142,7 @@ void pack_weight(const WeightView<const T>& weight, const Panel& panel, const st
         for (int64_t i = 0; i < columns; ++i) {
           const T* at = from + (j + i) * view.stride_m + q;
           block[i] = load_as<T>(at, lanes);
+          // the next block of columns, or the first of what follows this run: the strides are too long to be noticed
           __builtin_prefetch(at + (j + L < panel.count ? L * view.stride_m : count - j * view.stride_m));
         }
         transpose<T>(block);
@@ -201,7 +201,7 @@ void multiply(int64_t row_count, const T* data, const int64_t* row, const std::v
               int64_t column_stride, int64_t width, const T* start, T* const* sums, InMemory in_memory = {}) {
   constexpr int64_t kLine = 64 / sizeof(T);
   const int64_t vectors = width / kLanes<T>, most = tile_rows(int(vectors)), terms = depth.size();
-  const int64_t prefetched_terms = in_memory.rows && terms <= kPrefetchTerms ? terms : 0;
+  const int64_t prefetched_terms = in_memory.rows ? terms : 0;
   const int64_t prefetched_width = in_memory.sums ? width : 0;
   for (int64_t m = 0, count = 0; m < row_count; m += count) {
     const int64_t even = vectors == 1 ? evenly_spaced(row + m, row_count - m) : 0;

@@ -224,9 +224,8 @@ class Packing {
 
  private:
   void take_apart(const T* line, int64_t begin, int64_t end, T* to) const {
-    if (w_.step == 2)
-      return take_two_apart(line, end - begin, to + begin % 2 * width_ + begin / 2,
-                            to + (begin + 1) % 2 * width_ + (begin + 1) / 2);
+    const auto place = [&](int64_t x) { return to + x % w_.step * width_ + x / w_.step; };
+    if (w_.step == 2) return take_two_apart(line, end - begin, place(begin), place(begin + 1));
     for (int64_t phase = 0; phase < w_.step; ++phase) {
       const int64_t i = ceil_div(std::max<int64_t>(0, begin - phase), w_.step);
       T* row = to + phase * width_ + i;
@@ -234,19 +233,19 @@ class Packing {
     }
   }
 
-  // even[i] = line[2*i], odd[i] = line[2*i + 1] for all `count` of the line
-  static void take_two_apart(const T* line, int64_t count, T* even, T* odd) {
+  // first[i] = line[2*i], second[i] = line[2*i + 1] for all `count` of the line
+  static void take_two_apart(const T* line, int64_t count, T* first, T* second) {
     constexpr int64_t L = kLanes<T>;
     using AllLanes = std::make_integer_sequence<int, kLanes<T>>;
     int64_t i = 0;
     for (; 2 * i + 2 * L <= count; i += L) {
-      const Vector<T> first = load_vector(line + 2 * i), second = load_vector(line + 2 * i + L);
-      store_vector(even + i, every_second<0>(first, second, AllLanes{}));
-      store_vector(odd + i, every_second<1>(first, second, AllLanes{}));
+      const Vector<T> a = load_vector(line + 2 * i), b = load_vector(line + 2 * i + L);
+      store_vector(first + i, every_second<0>(a, b, AllLanes{}));
+      store_vector(second + i, every_second<1>(a, b, AllLanes{}));
     }
     for (; 2 * i < count; ++i) {
-      even[i] = line[2 * i];
-      if (2 * i + 1 < count) odd[i] = line[2 * i + 1];
+      first[i] = line[2 * i];
+      if (2 * i + 1 < count) second[i] = line[2 * i + 1];
     }
   }
 

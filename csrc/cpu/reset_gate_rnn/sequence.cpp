@@ -30,7 +30,7 @@ constexpr int64_t kCacheBytes = 1 << 20;     // of weights that stay in a core's
 constexpr int64_t kLeastSlice = 2;           // sequences of a slice: a weight must serve two once it is loaded
 constexpr int64_t kBlockRows = 128;          // rows of x, or of u, multiplied at once
 constexpr int64_t kChunkElements = 1 << 20;  // gates of a chunk of steps: 4 MiB, the workspace's bound
-constexpr int64_t kProductRows = 256;        // whose products are summed before memory is touched
+constexpr int64_t kProductRows = 256;        // of a weight's gradient, summed before memory is touched
 constexpr int64_t kBiasRows = 128;           // summed before their sum goes on: long sums are made of short ones
 
 // ---- kernels: what forward and backward share ------------------------------------------------------
@@ -519,7 +519,10 @@ class Backward {
           stride(padded(columns, L)),
           in_place(std::is_same_v<T, A> && columns == stride),
           own(wanted == nullptr || in_place ? 0 : rows * stride) {}
-    A* data() { return in_place ? reinterpret_cast<A*>(wanted) : own.data(); }
+    A* data() {
+      if constexpr (std::is_same_v<T, A>) return in_place ? wanted : own.data();
+      return own.data();
+    }
   };
 
   // A chunk of steps of all sequences.
