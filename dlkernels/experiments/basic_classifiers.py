@@ -302,8 +302,9 @@ def tell_accuracies(problem: Problem, results: list[Result], report: Report) -> 
         rows,
     )
     if results:
-        best = max(results, key=partial(_accuracy, problem))
-        report.headline(_percent(_accuracy(problem, best)), f"of unseen images are recognised by the best, {best.name}")
+        most = max(_accuracy(problem, result) for result in results)
+        best = " and ".join(result.name for result in results if _accuracy(problem, result) == most)
+        report.headline(_percent(most), f"of unseen images are recognised by the best, {best}")
         report.headline(_percent(_accuracy(problem, results[0])), f"by the simplest, {results[0].name}")
     trained = [result for result in results if result.history.loss]
     if trained:
