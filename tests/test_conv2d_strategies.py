@@ -21,6 +21,7 @@ STRATEGIES = (
     "depthwise",
     "winograd",
     "small_channels",
+    "unfold",
 )
 
 
@@ -117,6 +118,28 @@ def pointwise_cases():
     yield "no_images", (0, 12, 6, 11), 20, 1, 1
 
 
+def unfold_cases():
+    """Around a panel of pixels or of terms (16, 32 or 64), and the terms and channels summed at a time (144)."""
+    for width in (1, 7, 8, 15, 16, 17, 31):
+        yield f"1x{width}", (1, 5, 3, width), (6, 3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1
+    for channels in (7, 16, 17, 145):
+        yield f"{channels}_channels", (1, channels, 4, 4), (9, 3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1
+    for channels in (3, 64, 145):
+        yield f"{channels}_channels_out", (1, 16, 4, 4), (channels, 3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1
+    yield "many_panels_of_pixels", (3, 9, 7, 8), (10, 3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1
+    yield "stride_2", (2, 18, 8, 7), (20, 3, 3), (2, 2), (1, 1, 1, 1), (1, 1), 1
+    yield "stride_2_1", (2, 6, 9, 11), (8, 3, 3), (2, 1), (1, 1, 1, 1), (1, 1), 1
+    yield "stride_5_skips", (2, 6, 11, 11), (8, 3, 2), (5, 5), (1, 0, 0, 1), (1, 1), 1
+    yield "dilation_2", (2, 17, 9, 8), (6, 3, 3), (1, 1), (2, 2, 2, 2), (2, 2), 1
+    yield "more_padding_than_kernel", (1, 5, 3, 4), (6, 3, 3), (1, 1), (4, 5, 7, 3), (1, 1), 1
+    yield "1x1", (1, 40, 7, 7), (70, 1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1
+    yield "1x1_stride_2", (1, 40, 7, 7), (20, 1, 1), (2, 2), (0, 0, 0, 0), (1, 1), 1
+    yield "5x5", (1, 20, 7, 7), (18, 5, 5), (1, 1), (2, 2, 2, 2), (1, 1), 1
+    yield "1x7", (2, 4, 2, 20), (3, 1, 7), (1, 1), (0, 0, 3, 3), (1, 1), 1
+    yield "kernel_is_the_input", (2, 20, 6, 17), (9, 6, 17), (1, 1), (0, 0, 0, 0), (1, 1), 1
+    yield "groups", (2, 12, 6, 5), (20, 3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 4
+
+
 def small_channels_cases():
     """Rows around a vector's width, tiles of 4 and 8 rows and of 1 to 4 channels, kernels of known and other rows."""
     for height, width in [(1, 1), (3, 16), (4, 17), (9, 15), (12, 33), (90, 40)]:
@@ -188,6 +211,9 @@ STRATEGY_CASES += [
     for name, input, K, groups, step in small_groups_cases()
 ]
 STRATEGY_CASES += [
+    StrategyCase("unfold", name, input, (K, input[1] // groups, *kernel), stride, padding, dilation, groups)
+    for name, input, (K, *kernel), stride, padding, dilation, groups in unfold_cases()
+] + [
     StrategyCase("direct", name, input, (K, input[1], *kernel), stride, padding, dilation, 1)
     for name, input, K, kernel, stride, padding, dilation in direct_cases()
 ]

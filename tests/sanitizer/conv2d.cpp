@@ -9,6 +9,7 @@
 #include "../../csrc/cpu/conv2d/direct.h"
 #include "../../csrc/cpu/conv2d/pointwise.h"
 #include "../../csrc/cpu/conv2d/small_channels.h"
+#include "../../csrc/cpu/conv2d/unfold.h"
 #include "../../csrc/cpu/conv2d/winograd.h"
 
 using namespace dlkernels;
@@ -146,17 +147,20 @@ int main() {
   check_empty_shapes<Depthwise>();
   check_empty_shapes<Winograd>();
   check_empty_shapes<SmallChannels>();
-  int direct = 0, pointwise = 0, depthwise = 0, winograd = 0, small_channels = 0;
+  check_empty_shapes<Unfold>();
+  int direct = 0, pointwise = 0, depthwise = 0, winograd = 0, small_channels = 0, unfold = 0;
   for (int round = 0; round < 120; ++round) {
     direct += check<Direct, double>(random_shape()) + check<Direct, float>(random_shape());
     pointwise += check<Pointwise, float>(random_shape());
     depthwise += check<Depthwise, float>(random_shape());
     winograd += check<Winograd, float>(random_shape());
     small_channels += check<SmallChannels, float>(random_shape());
+    unfold += check<Unfold, float>(random_shape());
   }
   std::printf(
-      "conv2d: right for so many random shapes: direct %d, pointwise %d, depthwise %d, winograd %d, small_channels "
+      "conv2d: right for so many random shapes: direct %d, pointwise %d, depthwise %d, winograd %d, small_channels %d, "
+      "unfold "
       "%d\n",
-      direct, pointwise, depthwise, winograd, small_channels);
-  return direct > 0 && pointwise > 0 && depthwise > 0 && winograd > 0 && small_channels > 0 ? 0 : 1;
+      direct, pointwise, depthwise, winograd, small_channels, unfold);
+  return direct > 0 && pointwise > 0 && depthwise > 0 && winograd > 0 && small_channels > 0 && unfold > 0 ? 0 : 1;
 }

@@ -11,13 +11,14 @@
 #include "direct.h"
 #include "pointwise.h"
 #include "small_channels.h"
+#include "unfold.h"
 #include "winograd.h"
 
 namespace dlkernels {
 namespace {
 
 // In the order that `conv2d_by` counts them in.
-enum class Strategy { kDirect, kPointwise, kDepthwise, kWinograd, kSmallChannels, kCount };
+enum class Strategy { kDirect, kPointwise, kDepthwise, kWinograd, kSmallChannels, kUnfold, kCount };
 
 // The strategy that conv2d_by asks for, on this thread while it runs.
 thread_local Strategy forced = Strategy::kCount;
@@ -36,6 +37,8 @@ void with_strategy(Strategy strategy, const Run& run) {
       return run(Winograd{});
     case Strategy::kSmallChannels:
       return run(SmallChannels{});
+    case Strategy::kUnfold:
+      return run(Unfold{});
   }
 }
 
@@ -73,11 +76,24 @@ bool small_channels_pay(const Conv2dShape& shape, Pass pass, bool channels_last)
   return false;
 }
 
+// Where each weight is used so few times that packing it costs more. Measured, as the constants: the gradients, which
+// have as many pixels to unfold or to fold as there are input channels, pay with no more of these than output channels.
+bool unfold_pays(const Conv2dShape& shape, Pass pass) {
+  constexpr int64_t kFewPixels = 16, kSomePixels = 64, kManyWeights = 1 << 14;
+  const int64_t pixels = shape.N * shape.P * shape.Q, weights = shape.K * shape.C * shape.R * shape.S;
+  if (!Unfold::can(shape) || shape.G > 1 || weights < kManyWeights) return false;
+  if (pass == Pass::kForward) return pixels <= kFewPixels;
+  const bool winograd = pass == Pass::kGradInput && winograd_pays(shape, pass);
+  return shape.C <= shape.K && pixels <= (winograd ? kFewPixels : kSomePixels);
+}
+
 // The one chooser: by shape and memory format, never by thread count or alignment, so that the bits stay the same.
 Strategy choose(const Conv2dShape& shape, Pass pass, bool channels_last) {
   if (Depthwise::can(shape)) return Strategy::kDepthwise;
+  if (pass == Pass::kGradWeight && unfold_pays(shape, pass)) return Strategy::kUnfold;
   if (Pointwise::can(shape) && !channels_last) return Strategy::kPointwise;
   if (small_channels_pay(shape, pass, channels_last)) return Strategy::kSmallChannels;
+  if (unfold_pays(shape, pass)) return Strategy::kUnfold;
   if (winograd_pays(shape, pass)) return Strategy::kWinograd;
   return Strategy::kDirect;
 }

@@ -35,7 +35,6 @@ constexpr int64_t kManyPanels = 4;            // of weights, from which on shari
 constexpr int64_t kManyWeights = 1 << 18;     // elements, more than half a second cache
 constexpr int64_t kTurnedElements = 1 << 20;  // of grad_input before it is turned into planes, some images at a time
 constexpr int64_t kTurnedPixels = 64;         // turned at once
-constexpr int64_t kMoveProducts = 4;          // multiply-adds in the time in which an element is turned
 
 // ---- launchers -----------------------------------------------------------------------------------
 
@@ -273,19 +272,6 @@ void multiply_inside(const Gather<T>& gather, int64_t G, int64_t M, const Weight
   if (!all) fill_outside(gather, rows, columns, G * M, bias, bias_stride, target);
   gather_and_multiply(inside_of(gather, rows, columns), G, M, weight_of, bias, bias_stride,
                       inside_of(target, rows, columns));
-}
-
-// What the output's pixels read of the input.
-template <class T>
-Gather<T> gather_input(const Conv2dShape& shape, const Strided4d<const T>& input) {
-  Gather<T> gather{input,   shape.H, shape.W,        shape.C / shape.G, shape.N,
-                   shape.P, shape.Q, shape.stride_h, shape.stride_w,    {}};
-  for (int64_t r = 0; r < shape.R; ++r) {
-    for (int64_t s = 0; s < shape.S; ++s) {
-      gather.taps.push_back({r, s, r * shape.dilation_h - shape.pad_top, s * shape.dilation_w - shape.pad_left});
-    }
-  }
-  return gather;
 }
 
 // What the input pixels h = phase_h + i*stride_h, w = phase_w + j*stride_w read of grad. h takes part in output row p

@@ -17,6 +17,7 @@ constexpr int kPanelVectors = kVectorRegisters == 32 ? 4 : 2;  // of channels: t
 constexpr int64_t kBlockTerms = 144;        // summed before a sum goes to memory: their panel fits the first cache
 constexpr int64_t kEnoughTasks = 8;         // for a handful of threads to share the work evenly
 constexpr int64_t kTaskProducts = 1 << 17;  // multiply-adds (some 2 us) below which a second thread does not pay
+constexpr int64_t kMoveProducts = 4;        // multiply-adds in the time in which an element is moved
 
 // Tasks of so many multiply-adds that one thread takes at least.
 inline int64_t grain_of(int64_t products_per_task) {

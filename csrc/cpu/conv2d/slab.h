@@ -94,6 +94,19 @@ struct Gather {
   int64_t terms() const { return int64_t(taps.size()) * D; }
 };
 
+// What the output's pixels read of the input.
+template <class T>
+Gather<T> gather_input(const Conv2dShape& shape, const Strided4d<const T>& input) {
+  Gather<T> gather{input,   shape.H, shape.W,        shape.C / shape.G, shape.N,
+                   shape.P, shape.Q, shape.stride_h, shape.stride_w,    {}};
+  for (int64_t r = 0; r < shape.R; ++r) {
+    for (int64_t s = 0; s < shape.S; ++s) {
+      gather.taps.push_back({r, s, r * shape.dilation_h - shape.pad_top, s * shape.dilation_w - shape.pad_left});
+    }
+  }
+  return gather;
+}
+
 template <class T>
 Gather<T> with_depth(Gather<T> gather, int64_t D) {
   gather.D = D;
