@@ -28,10 +28,11 @@ namespace {
 
 // ---- tuning constants ----------------------------------------------------------------------------
 
-constexpr int64_t kGradTerms = 640;           // of a task's part of grad_weight, which stays in the second cache
-constexpr int64_t kFewPixels = 64;            // of a block at least, if there are so many
-constexpr int64_t kSharedPixels = 256;        // that all tasks read, instead of all weights, where kernels are 1 x 1
-constexpr int64_t kManyPanels = 4;            // of weights, from which on sharing pixels is worth it
+constexpr int64_t kGradTerms = 640;     // of a task's part of grad_weight, which stays in the second cache
+constexpr int64_t kGradPixels = 96;     // summed before a sum goes to memory: with their rows, they fit the first cache
+constexpr int64_t kFewPixels = 32;      // of a block at least, if there are so many
+constexpr int64_t kSharedPixels = 256;  // that all tasks read, instead of all weights, where kernels are 1 x 1
+constexpr int64_t kManyPanels = 4;      // of weights, from which on sharing pixels is worth it
 constexpr int64_t kManyWeights = 1 << 18;     // elements, more than half a second cache
 constexpr int64_t kTurnedElements = 1 << 20;  // of grad_input before it is turned into planes, some images at a time
 constexpr int64_t kTurnedPixels = 64;         // turned at once
@@ -403,7 +404,7 @@ struct GradPart {
   GradPart(int64_t first, int64_t D, const Gather<T>& all)
       : first(first),
         gather(with_depth(all, D)),
-        slab(gather),
+        slab(gather, kGradPixels),
         terms(slab.offsets_of_terms(0, gather.taps.size(), 0, D)) {}
   GradPart(const GradPart&) = delete;
 };
