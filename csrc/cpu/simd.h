@@ -128,7 +128,9 @@ inline Vector<float> widen(Patterns patterns, BFloat16) {
 }
 
 inline Patterns narrow(Vector<float> vector, BFloat16) {  // lane by lane as store<BFloat16>
-#if defined(__AVX512BW__)                                 // the same with lane masks, in 7 instructions instead of 9
+#if defined(__AVX512BF16__)                               // one instruction, which takes denormals for 0
+  return (Patterns)_mm512_cvtneps_pbh((__m512)vector);
+#elif defined(__AVX512BW__)  // the same with lane masks, in 7 instructions instead of 9
   const __m512i pattern = (__m512i)vector;
   const __mmask16 odd = _mm512_test_epi32_mask(pattern, _mm512_set1_epi32(0x10000));
   const __mmask16 is_nan = _mm512_cmp_ps_mask((__m512)vector, (__m512)vector, _CMP_UNORD_Q);
@@ -206,6 +208,13 @@ inline void store_as(T* to, Vector<A> vector) {
   }
 }
 
+// What a store as T followed by a load would leave of the vector.
+template <class T, class A>
+inline Vector<A> rounded(Vector<A> vector) {
+  if constexpr (std::is_same_v<A, T>) return vector;
+  if constexpr (!std::is_same_v<A, T>) return widen(narrow(vector, T{}), T{});
+}
+
 inline void stream_vector(void* to, Vector<float> vector) {
 #if defined(__AVX512F__)
   _mm512_stream_ps((float*)to, (__m512)vector);
@@ -224,6 +233,17 @@ inline Vector<float> beside(Patterns first, Patterns second, std::integer_sequen
   return (Vector<float>)__builtin_shufflevector(first, second, LANE...);
 }
 
+// The patterns of two vectors, one after the other.
+template <class T>
+inline Vector<float> narrow_two(Vector<float> first, Vector<float> second, T type) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return (Vector<float>)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+  }
+#endif
+  return beside(narrow(first, type), narrow(second, type), std::make_integer_sequence<int, 2 * kLanes<float>>{});
+}
+
 // Two vectors, as store_as, past the caches: a result that is too large to stay there is not read into them first.
 // Two, so that 16-bit numbers fill a whole line, too. `to` is aligned to kVectorBytes; write_streams() must follow
 // before another thread reads.
@@ -233,8 +253,7 @@ inline void stream_two(T* to, Vector<A> first, Vector<A> second) {
     stream_vector(to, (Vector<float>)first);
     stream_vector(to + kLanes<A>, (Vector<float>)second);
   } else {
-    stream_vector(to,
-                  beside(narrow(first, T{}), narrow(second, T{}), std::make_integer_sequence<int, 2 * kLanes<A>>{}));
+    stream_vector(to, narrow_two(first, second, T{}));
   }
 }
 

@@ -349,8 +349,7 @@ class Forward {
       // h, rounded to T
       void keep(int64_t j, int64_t count, Vector<A> h) const {
         store_as<A>(output + j, count, h);
-        if constexpr (!std::is_same_v<T, A>) h = load_as<A>(output + j, count);
-        store_vector(state + j, h);
+        store_vector(state + j, rounded<T, A>(h));
       }
 
       // for the backward
