@@ -161,6 +161,18 @@ def small_channels_cases():
     yield "dilation_3", (2, 3, 17, 40), 5, (3, 3), (1, 1), (3, 3, 3, 3), (3, 3)
     yield "kernel_is_the_input", (2, 3, 6, 17), 5, (6, 17), (1, 1), (0, 0, 0, 0), (1, 1)
     yield "no_images", (0, 3, 6, 17), 5, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)
+    for height, width in ((8, 8), (9, 4), (13, 7), (8, 2), (21, 1), (10, 9)):  # two rows to a vector, or just not
+        for kernel in (3, 5):
+            pad = (kernel // 2,) * 4
+            yield (
+                f"{kernel}x{kernel}_narrow_{height}x{width}",
+                (2, 7, height, width),
+                5,
+                (kernel, kernel),
+                (1, 1),
+                pad,
+                (1, 1),
+            )
 
 
 def small_groups_cases():

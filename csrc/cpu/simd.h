@@ -342,6 +342,26 @@ inline T sum_of_lanes(Vector<T> vector) {
   }
 }
 
+template <class T, class V, int... LANE>
+inline Vector<T> two_halves(V first, V second, std::integer_sequence<int, LANE...>) {
+  return (Vector<T>)__builtin_shufflevector(first, second, LANE...);
+}
+
+// Half a vector from `first`, the other half from `second`.
+template <class T>
+inline Vector<T> load_two_halves(const T* first, const T* second) {
+  typedef T HalfVector __attribute__((vector_size(kVectorBytes / 2)));
+  HalfVector halves[2];
+  memcpy(&halves[0], first, sizeof halves[0]);
+  memcpy(&halves[1], second, sizeof halves[1]);
+  return two_halves<T>(halves[0], halves[1], std::make_integer_sequence<int, kLanes<T>>{});
+}
+
+template <class T>
+inline Vector<T> swap_halves(Vector<T> vector) {
+  return exchange_lanes<kLanes<T> / 2>(vector, std::make_integer_sequence<int, kLanes<T>>{});
+}
+
 // Lanes 0, 2, 4, ... of the first and then of the second vector; with FIRST = 1, lanes 1, 3, 5, ...
 template <int FIRST, class V, int... LANE>
 inline V every_second(V first, V second, std::integer_sequence<int, LANE...>) {

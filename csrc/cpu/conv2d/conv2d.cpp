@@ -9,6 +9,7 @@
 #include "../simd.h"
 #include "depthwise.h"
 #include "direct.h"
+#include "panels.h"
 #include "pointwise.h"
 #include "small_channels.h"
 #include "unfold.h"
@@ -58,6 +59,19 @@ bool winograd_pays(const Conv2dShape& shape, Pass pass) {
   return 16 * tiles * 6 / 5 + kKernelCost < 9 * pixels;
 }
 
+// Where rows fill half a vector, and pairs of them, as small_channels takes them, waste less than output channels do.
+bool pairs_of_rows_pay(const Conv2dShape& shape) {
+  constexpr int64_t L = kLanes<float>, kPairRows = 8;
+  const bool usual = shape.stride_h == 1 && shape.stride_w == 1 && shape.dilation_h == 1;
+  const bool rows = (shape.R == 3 || shape.R == 5) && 2 * shape.Q <= L && shape.P >= kPairRows;
+  return usual && rows && 4 * shape.K <= 3 * ceil_div(shape.K, L) * L;
+}
+
+// Whether small_channels has a loop of its own for the kernel's rows. Without one, sums do not fit 16 registers.
+bool rows_are_known(const Conv2dShape& shape) {
+  return shape.dilation_h == 1 && (shape.stride_h == 1 ? shape.R <= 5 : shape.stride_h == 2 && shape.R == 3);
+}
+
 // Where output channels or input channels as vectors would be mostly padding. Measured, as the constants: where the
 // strategy has to transpose its output, for channels_last, `direct` is faster as soon as output channels fill a vector,
 // and with several input channels; so it is for grad_weight, whose vectors are output channels.
@@ -67,7 +81,8 @@ bool small_channels_pay(const Conv2dShape& shape, Pass pass, bool channels_last)
   if (shape.G > 1) return pass != Pass::kGradWeight && std::max(shape.C, shape.K) < kLanes<float> * shape.G;
   switch (pass) {
     case Pass::kForward:
-      return channels_last ? shape.C == 1 && shape.K < kLanes<float> : shape.C <= kFew;
+      if (channels_last) return shape.C == 1 && shape.K < kLanes<float>;
+      return (shape.C <= kFew && (kVectorRegisters == 32 || rows_are_known(shape))) || pairs_of_rows_pay(shape);
     case Pass::kGradInput:
       return shape.C <= std::max<int64_t>(kFew, kLanes<float> * 2 / 3);
     case Pass::kGradWeight:
@@ -76,15 +91,15 @@ bool small_channels_pay(const Conv2dShape& shape, Pass pass, bool channels_last)
   return false;
 }
 
-// Where each weight is used so few times that packing it costs more. Measured, as the constants: the gradients, which
-// have as many pixels to unfold or to fold as there are input channels, pay with no more of these than output channels.
+// Where each weight is used so few times that packing it costs more. Measured, as the constants: the gradients pay for
+// a panel of pixels, and where there are no more input channels, which are unfolded or folded, than output channels.
 bool unfold_pays(const Conv2dShape& shape, Pass pass) {
-  constexpr int64_t kFewPixels = 16, kSomePixels = 64, kManyWeights = 1 << 14;
+  constexpr int64_t kFewPixels = 16, kPanelPixels = kPanelVectors * kLanes<float>, kManyWeights = 1 << 14;
   const int64_t pixels = shape.N * shape.P * shape.Q, weights = shape.K * shape.C * shape.R * shape.S;
   if (!Unfold::can(shape) || shape.G > 1 || weights < kManyWeights) return false;
   if (pass == Pass::kForward) return pixels <= kFewPixels;
   const bool winograd = pass == Pass::kGradInput && winograd_pays(shape, pass);
-  return shape.C <= shape.K && pixels <= (winograd ? kFewPixels : kSomePixels);
+  return shape.C <= shape.K && pixels <= (winograd ? kFewPixels : kPanelPixels);
 }
 
 // The one chooser: by shape and memory format, never by thread count or alignment, so that the bits stay the same.

@@ -50,13 +50,38 @@ struct Results {
   int64_t plane, pitch;
 };
 
+// What a vector holds: pixels of a row or, of images half as wide, of two neighbouring rows.
+struct OneRow {
+  static constexpr int kRows = 1;
+  template <class T>
+  static Vector<T> load(const T* row, int64_t) {
+    return load_vector(row);
+  }
+  template <class T>
+  static void store(T* row, int64_t, int64_t count, Vector<T> x) {
+    store_as<T>(row, count, x);
+  }
+};
+struct TwoRows {
+  static constexpr int kRows = 2;
+  template <class T>
+  static Vector<T> load(const T* row, int64_t pitch) {
+    return load_two_halves(row, row + pitch);
+  }
+  template <class T>
+  static void store(T* row, int64_t pitch, int64_t count, Vector<T> x) {
+    store_as<T>(row, count, x);
+    store_as<T>(row + pitch, count, swap_halves<T>(x));
+  }
+};
+
 // sums[m][o] += sum over r of weight[r*M + m] * rows[o*STEP + r], R neighbouring rows of the kernel known when
 // compiling
-template <int R, int STEP, int M, int ROWS, class T>
+template <class Lanes, int R, int STEP, int M, int ROWS, class T>
 inline void add_known_rows(const T* rows, int64_t pitch, const T* weight, Vector<T> (&sums)[M][ROWS]) {
 #pragma GCC unroll 24
   for (int y = 0; y < (ROWS - 1) * STEP + R; ++y) {
-    const Vector<T> x = load_vector(rows + y * pitch);
+    const Vector<T> x = Lanes::load(rows + y * pitch, pitch);
 #pragma GCC unroll 8
     for (int o = 0; o < ROWS; ++o) {
       const int r = y - o * STEP;
@@ -81,8 +106,9 @@ inline void add_any_rows(const T* rows, int64_t pitch, const Axis& h, const T* w
 }
 
 // to[m][o][0 .. count) = bias[m] + sum over d, s, r of weight[d, s, r, m] * source[d][o*step + r*spacing][column[s]]
-// for M channels and ROWS rows; R = 0: any taps, else so many, STEP = step and spacing = 1
-template <int R, int STEP, int M, int ROWS, class T>
+// for M channels and ROWS rows, or pairs of them; R = 0: any taps, else so many, spacing = 1 and STEP = rows from one
+// sum to the next
+template <class Lanes, int R, int STEP, int M, int ROWS, class T>
 void sum_tile(const Planes<T>& source, const Axis& h, int64_t taps_w, const T* weight, const T* bias, int64_t count,
               const Results<T>& to) {
   Vector<T> sums[M][ROWS], done[M][ROWS] = {};  // of a block, and of the blocks before it
@@ -94,7 +120,7 @@ void sum_tile(const Planes<T>& source, const Axis& h, int64_t taps_w, const T* w
     clear_tile(sums);
     for (const int64_t end = std::min(pairs, pair + most); pair < end; ++pair, weight += h.taps * M) {
       const T* rows = source.data + d * source.plane + source.column[s];
-      if constexpr (R > 0) add_known_rows<R, STEP, M, ROWS>(rows, source.pitch, weight, sums);
+      if constexpr (R > 0) add_known_rows<Lanes, R, STEP, M, ROWS>(rows, source.pitch, weight, sums);
       if constexpr (R == 0) add_any_rows<M, ROWS>(rows, source.pitch, h, weight, sums);
       if (++s == taps_w) s = 0, ++d;
     }
@@ -107,7 +133,8 @@ void sum_tile(const Planes<T>& source, const Axis& h, int64_t taps_w, const T* w
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 8
     for (int o = 0; o < ROWS; ++o) {
-      store_as<T>(to.data + m * to.plane + o * to.pitch, count, before(m, o) + sums[m][o]);
+      T* row = to.data + m * to.plane + o * Lanes::kRows * to.pitch;
+      Lanes::store(row, to.pitch, count, Vector<T>(before(m, o) + sums[m][o]));
     }
   }
 }
@@ -118,24 +145,37 @@ using SumTile = void (*)(const Planes<T>&, const Axis&, int64_t, const T*, const
 // The usual kernels; the others take any_taps.
 template <int M, int ROWS, class T>
 SumTile<T> tile_for(const Axis& h) {
-  const SumTile<T> any_taps = &sum_tile<0, 1, M, ROWS, T>;
+  const SumTile<T> any_taps = &sum_tile<OneRow, 0, 1, M, ROWS, T>;
   if (h.spacing != 1 && h.taps > 1) return any_taps;
-  if (h.step == 2 && h.taps == 3) return &sum_tile<3, 2, M, ROWS, T>;
+  if (h.step == 2 && h.taps == 3) return &sum_tile<OneRow, 3, 2, M, ROWS, T>;
   if (h.step != 1) return any_taps;
   switch (h.taps) {
     case 1:
-      return &sum_tile<1, 1, M, ROWS, T>;
+      return &sum_tile<OneRow, 1, 1, M, ROWS, T>;
     case 2:
-      return &sum_tile<2, 1, M, ROWS, T>;
+      return &sum_tile<OneRow, 2, 1, M, ROWS, T>;
     case 3:
-      return &sum_tile<3, 1, M, ROWS, T>;
+      return &sum_tile<OneRow, 3, 1, M, ROWS, T>;
     case 4:
-      return &sum_tile<4, 1, M, ROWS, T>;
+      return &sum_tile<OneRow, 4, 1, M, ROWS, T>;
     case 5:
-      return &sum_tile<5, 1, M, ROWS, T>;
+      return &sum_tile<OneRow, 5, 1, M, ROWS, T>;
     default:
       return any_taps;
   }
+}
+
+// Of images that are no wider than half a vector.
+constexpr int64_t kPairRows = 2 * kTileRows;
+template <class T>
+bool in_pairs(const Axis& h, const Axis& w, int64_t I) {
+  const bool usual = h.step == 1 && (h.spacing == 1 || h.taps == 1) && (h.taps == 3 || h.taps == 5);
+  return usual && w.outputs <= kLanes<T> / 2 && I >= kPairRows;
+}
+
+template <int M, class T>
+SumTile<T> pair_tile_for(const Axis& h) {
+  return h.taps == 3 ? &sum_tile<TwoRows, 3, 2, M, kTileRows, T> : &sum_tile<TwoRows, 5, 2, M, kTileRows, T>;
 }
 
 // A tile of M channels of a block of I rows.
@@ -145,17 +185,18 @@ struct RowTile {
   SumTile<T> sum;
 
   template <int M>
-  static RowTile of(const Axis& h, int64_t I) {
+  static RowTile of(const Axis& h, const Axis& w, int64_t I) {
+    if (in_pairs<T>(h, w, I)) return {kPairRows, pair_tile_for<M, T>(h)};
     if (M == 1 && I >= kOneChannelRows) return {kOneChannelRows, tile_for<1, kOneChannelRows, T>(h)};
     if (I >= kTileRows) return {kTileRows, tile_for<M, kTileRows, T>(h)};
-    return {1, &sum_tile<0, 1, M, 1, T>};
+    return {1, &sum_tile<OneRow, 0, 1, M, 1, T>};
   }
-  static RowTile of(const Axis& h, int64_t I, int64_t M) {
+  static RowTile of(const Axis& h, const Axis& w, int64_t I, int64_t M) {
     if constexpr (kTileChannels == 4) {
-      if (M == 4) return of<4>(h, I);
-      if (M == 3) return of<3>(h, I);
+      if (M == 4) return of<4>(h, w, I);
+      if (M == 3) return of<3>(h, w, I);
     }
-    return M == 2 ? of<2>(h, I) : of<1>(h, I);
+    return M == 2 ? of<2>(h, w, I) : of<1>(h, w, I);
   }
 };
 
@@ -277,7 +318,7 @@ void sum_block(const Planes<T>& source, const Axis& h, const Axis& w, const Piec
                const T* offsets, int64_t I, const Results<T>& to) {
   for (int64_t t = 0; t < tiles.count; ++t) {
     const int64_t m = tiles.begin(t);
-    const RowTile<T> tile = RowTile<T>::of(h, I, tiles.length(t));
+    const RowTile<T> tile = RowTile<T>::of(h, w, I, tiles.length(t));
     for (int64_t i = 0; i < I; i += tile.rows) {
       const int64_t row = std::min(i, I - tile.rows);
       for (int64_t j = 0; j < w.outputs; j += kLanes<T>) {
