@@ -127,7 +127,8 @@ int64_t pixels_of_block(const Gather<T>& gather, int64_t M) {
   if (gather.taps.size() == 1 && pixels <= kSharedPixels && panels >= kManyPanels) return kSharedPixels;
   const bool many_weights = M * gather.terms() > kManyWeights;
   const int64_t blocks = many_weights ? ceil_div(kEnoughTasks, panels) : kEnoughTasks;
-  return std::clamp(pixels / blocks, kFewPixels, many_weights ? 2 * kBlockPixels : kBlockPixels);
+  const int64_t scale = many_weights ? 2 : 1;
+  return std::clamp(pixels / blocks, scale * kFewPixels, scale * kBlockPixels);
 }
 
 // target[n, g*M + m, i, j] = bias[g*M + m] + sum over d, tap of weight[g*M + m, d, tap] * gathered source; weight_of(g)
