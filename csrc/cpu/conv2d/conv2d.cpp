@@ -59,32 +59,22 @@ bool winograd_pays(const Conv2dShape& shape, Pass pass) {
   return 16 * tiles * 6 / 5 + kKernelCost < 9 * pixels;
 }
 
-// Where rows fill half a vector, and pairs of them, as small_channels takes them, waste less than output channels do.
-bool pairs_of_rows_pay(const Conv2dShape& shape) {
-  constexpr int64_t L = kLanes<float>, kPairRows = 8;
-  const bool usual = shape.stride_h == 1 && shape.stride_w == 1 && shape.dilation_h == 1;
-  const bool rows = (shape.R == 3 || shape.R == 5) && 2 * shape.Q <= L && shape.P >= kPairRows;
-  return usual && rows && 4 * shape.K <= 3 * ceil_div(shape.K, L) * L;
-}
-
-// Whether small_channels has a loop of its own for the kernel's rows. Without one, sums do not fit 16 registers.
-bool rows_are_known(const Conv2dShape& shape) {
-  return shape.dilation_h == 1 && (shape.stride_h == 1 ? shape.R <= 5 : shape.stride_h == 2 && shape.R == 3);
-}
-
 // Where output channels or input channels as vectors would be mostly padding. Measured, as the constants: where the
 // strategy has to transpose its output, for channels_last, `direct` is faster as soon as output channels fill a vector,
-// and with several input channels; so it is for grad_weight, whose vectors are output channels.
+// and with several input channels; so it is for grad_weight, whose vectors are output channels. In planes, pairs of
+// rows pay where output channels leave a quarter of their vectors empty; and without a loop of their own, sums of a
+// kernel's rows do not fit 16 registers.
 bool small_channels_pay(const Conv2dShape& shape, Pass pass, bool channels_last) {
-  constexpr int64_t kFew = 4;
+  constexpr int64_t kFew = 4, L = kLanes<float>;
   if (!SmallChannels::can(shape)) return false;
-  if (shape.G > 1) return pass != Pass::kGradWeight && std::max(shape.C, shape.K) < kLanes<float> * shape.G;
+  if (shape.G > 1) return pass != Pass::kGradWeight && std::max(shape.C, shape.K) < L * shape.G;
   switch (pass) {
     case Pass::kForward:
-      if (channels_last) return shape.C == 1 && shape.K < kLanes<float>;
-      return (shape.C <= kFew && (kVectorRegisters == 32 || rows_are_known(shape))) || pairs_of_rows_pay(shape);
+      if (channels_last) return shape.C == 1 && shape.K < L;
+      if (shape.C <= kFew && (kVectorRegisters == 32 || SmallChannels::knows_rows(shape))) return true;
+      return 4 * shape.K <= 3 * ceil_div(shape.K, L) * L && SmallChannels::pairs_rows(shape);
     case Pass::kGradInput:
-      return shape.C <= std::max<int64_t>(kFew, kLanes<float> * 2 / 3);
+      return shape.C <= std::max<int64_t>(kFew, L * 2 / 3);
     case Pass::kGradWeight:
       return false;
   }

@@ -297,7 +297,7 @@ Gather<T> gather_grad(const Conv2dShape& shape, const Strided4d<const T>& grad, 
   return gather;
 }
 
-// T matrix in memory, rows `stride` apart.
+// A matrix in memory, rows `stride` apart.
 template <class T>
 struct Columns {
   const T* data;

@@ -31,7 +31,7 @@ inline Pieces split_evenly(int64_t items, int64_t blocks) {
   const int64_t threads = thread_count(), all = std::max<int64_t>(1, blocks * items);
   const auto longest = [&](int64_t splits) { return ceil_div(blocks * splits, threads) * ceil_div(items, splits); };
   int64_t best = 1;
-  for (int64_t splits = 1; splits <= std::min(items, 2 * kEnoughTasks); ++splits) {
+  for (int64_t splits = 1; splits <= std::min(items, 2 * threads); ++splits) {
     if (longest(splits) < longest(best)) best = splits;
     if (longest(best) * threads * 8 <= all * 9) break;  // an eighth lost at most
   }
@@ -221,7 +221,67 @@ void multiply(int64_t row_count, const T* data, const int64_t* row, const std::v
   }
 }
 
-// ---- writing pixels ------------------------------------------------------------------------------
+// ---- pixels in memory ----------------------------------------------------------------------------
+
+// A grid of N x P x Q pixels in memory, `step` apart: pixel x of the flattened grid is (n, p, q).
+template <class T>
+struct Pixels {
+  Strided4d<T> image;
+  int64_t P, Q;
+  int64_t step_h, step_w;
+
+  // Calls run(first, lane, count) for the stretches of pixels [x, x + count) that lie evenly in memory, stride_w()
+  // apart; `first` is the first one's place.
+  template <class Run>
+  void for_each_run(int64_t x, int64_t count, const Run& run) const {
+    const bool rows_join = step_h * image.stride_h == Q * stride_w();
+    const int64_t length = rows_join ? P * Q : Q;
+    for (int64_t lane = 0; lane < count;) {
+      const int64_t pixel = x + lane, row = pixel / Q;
+      const int64_t run_length = std::min(length - pixel % length, count - lane);
+      run(&image.at(row / P, 0, row % P * step_h, pixel % Q * step_w), lane, run_length);
+      lane += run_length;
+    }
+  }
+  int64_t stride_w() const { return step_w * image.stride_w; }
+};
+
+// pixel panel.first + lane of channel m = sums[m][lane]; sums (M, panel.width)
+template <class T>
+void unpack_pixels(const T* sums, int64_t channel, int64_t M, const Panel& panel, const Pixels<T>& pixels) {
+  const int64_t stride = pixels.stride_w();
+  pixels.for_each_run(panel.first, panel.count, [&](T* first, int64_t lane, int64_t length) {
+    if (pixels.image.stride_c == 1) {
+      return copy_pixels(sums + lane, 1, panel.width, length, M, first + channel, stride);
+    }
+    for (int64_t m = 0; m < M; ++m) {
+      const T* from = sums + m * panel.width + lane;
+      T* to = first + (channel + m) * pixels.image.stride_c;
+      if (stride == 1) {
+        copy_run(from, length, to);
+      } else {
+        for (int64_t i = 0; i < length; ++i) to[i * stride] = from[i];
+      }
+    }
+  });
+}
+
+// images[n, c, h, w] = bias[c], images (N, C, H, W) of the input's shape
+template <class T>
+void fill_with_bias(const Conv2dShape& shape, const T* bias, int64_t bias_stride, const Strided4d<T>& images) {
+  const bool side_by_side = images.stride_c == 1;
+  const int64_t N = shape.N, H = shape.H, W = shape.W, C = shape.C;
+  parallel_for(N * H, grain_of(kMoveProducts * W * C), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      for (int64_t outer = 0; outer < (side_by_side ? W : C); ++outer) {
+        for (int64_t inner = 0; inner < (side_by_side ? C : W); ++inner) {
+          const int64_t c = side_by_side ? inner : outer, w = side_by_side ? outer : inner;
+          images.at(row / H, c, row % H, w) = bias != nullptr ? bias[c * bias_stride] : T(0);
+        }
+      }
+    }
+  });
+}
 
 // Where pixel x of the block lies in the target's memory.
 template <class T>

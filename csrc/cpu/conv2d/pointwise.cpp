@@ -21,29 +21,6 @@ namespace {
 
 // ---- kernels -------------------------------------------------------------------------------------
 
-// T grid of N x P x Q pixels in memory, `step` apart: pixel x of the flattened grid is (n, p, q).
-template <class T>
-struct Pixels {
-  Strided4d<T> image;
-  int64_t P, Q;
-  int64_t step_h, step_w;
-
-  // Calls run(first, lane, count) for the stretches of pixels [x, x + count) that lie evenly in memory, stride_w()
-  // apart; `first` is the first one's place.
-  template <class Run>
-  void for_each_run(int64_t x, int64_t count, const Run& run) const {
-    const bool rows_join = step_h * image.stride_h == Q * stride_w();
-    const int64_t length = rows_join ? P * Q : Q;
-    for (int64_t lane = 0; lane < count;) {
-      const int64_t pixel = x + lane, row = pixel / Q;
-      const int64_t run_length = std::min(length - pixel % length, count - lane);
-      run(&image.at(row / P, 0, row % P * step_h, pixel % Q * step_w), lane, run_length);
-      lane += run_length;
-    }
-  }
-  int64_t stride_w() const { return step_w * image.stride_w; }
-};
-
 // columns[d][lane] = pixel panel.first + lane of channel d, 0 for the padding; columns (D, panel.width)
 template <class T>
 void pack_pixels(const Pixels<const T>& pixels, int64_t channel, int64_t D, const Panel& panel, T* columns) {
@@ -53,23 +30,6 @@ void pack_pixels(const Pixels<const T>& pixels, int64_t channel, int64_t D, cons
     for (int64_t d = 0; d < D; ++d) {
       copy_pixels(first + (channel + d) * pixels.image.stride_c, pixels.stride_w(), 1, length, 1,
                   columns + d * panel.width + lane, 1);
-    }
-  });
-}
-
-// pixel panel.first + lane of channel m = sums[m][lane]; sums (M, panel.width)
-template <class T>
-void unpack_pixels(const T* sums, int64_t channel, int64_t M, const Panel& panel, const Pixels<T>& pixels) {
-  const int64_t stride = pixels.stride_w();
-  pixels.for_each_run(panel.first, panel.count, [&](T* first, int64_t lane, int64_t length) {
-    for (int64_t m = 0; m < M; ++m) {
-      const T* from = sums + m * panel.width + lane;
-      T* to = first + (channel + m) * pixels.image.stride_c;
-      if (stride == 1) {
-        copy_run(from, length, to);
-      } else {
-        for (int64_t i = 0; i < length; ++i) to[i * stride] = from[i];
-      }
     }
   });
 }
@@ -162,15 +122,7 @@ void Pointwise::grad_input(const Conv2dShape& shape, Strided4d<const T> grad, St
   const int64_t M = shape.C / shape.G, D = shape.K / shape.G;
   if (shape.N == 0 || shape.C == 0) return;
   if (shape.P < shape.H || shape.Q < shape.W) {
-    parallel_for(shape.N * shape.C, ceil_div(kTaskProducts, shape.H * shape.W), [&](int64_t begin, int64_t end) {
-      for (int64_t plane = begin; plane < end; ++plane) {
-        for (int64_t h = 0; h < shape.H; ++h) {
-          T* row = &grad_input.at(plane / shape.C, plane % shape.C, h, 0);
-          const T value = bias != nullptr ? bias[plane % shape.C * bias_stride] : T{};
-          for (int64_t w = 0; w < shape.W; ++w) row[w * grad_input.stride_w] = value;
-        }
-      }
-    });
+    fill_with_bias(shape, bias, bias_stride, grad_input);
   }
   const Pixels<const T> source = {grad, shape.P, shape.Q, 1, 1};
   const Pixels<T> target = {grad_input, shape.P, shape.Q, shape.stride_h, shape.stride_w};

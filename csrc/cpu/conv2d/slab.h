@@ -75,7 +75,7 @@ void copy_pixels(const T* from, int64_t stride_x, int64_t stride_c, int64_t pixe
 
 // ---- gathering pixels -------------------------------------------------------------------
 
-// T position of the weight kernel, and where it reads: pixel (i, j) of the grid reads source pixel
+// A position of the weight kernel, and where it reads: pixel (i, j) of the grid reads source pixel
 // (i*step_h + h, j*step_w + w).
 struct Tap {
   int64_t r, s;

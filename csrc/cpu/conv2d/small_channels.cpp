@@ -142,13 +142,17 @@ void sum_tile(const Planes<T>& source, const Axis& h, int64_t taps_w, const T* w
 template <class T>
 using SumTile = void (*)(const Planes<T>&, const Axis&, int64_t, const T*, const T*, int64_t, const Results<T>&);
 
+// Whether there is a loop for just the kernel's rows.
+bool rows_are_known(const Axis& h) {
+  return (h.spacing == 1 || h.taps == 1) && (h.step == 1 ? h.taps <= 5 : h.step == 2 && h.taps == 3);
+}
+
 // The usual kernels; the others take any_taps.
 template <int M, int ROWS, class T>
 SumTile<T> tile_for(const Axis& h) {
   const SumTile<T> any_taps = &sum_tile<OneRow, 0, 1, M, ROWS, T>;
-  if (h.spacing != 1 && h.taps > 1) return any_taps;
-  if (h.step == 2 && h.taps == 3) return &sum_tile<OneRow, 3, 2, M, ROWS, T>;
-  if (h.step != 1) return any_taps;
+  if (!rows_are_known(h)) return any_taps;
+  if (h.step == 2) return &sum_tile<OneRow, 3, 2, M, ROWS, T>;
   switch (h.taps) {
     case 1:
       return &sum_tile<OneRow, 1, 1, M, ROWS, T>;
@@ -169,7 +173,7 @@ SumTile<T> tile_for(const Axis& h) {
 constexpr int64_t kPairRows = 2 * kTileRows;
 template <class T>
 bool in_pairs(const Axis& h, const Axis& w, int64_t I) {
-  const bool usual = h.step == 1 && (h.spacing == 1 || h.taps == 1) && (h.taps == 3 || h.taps == 5);
+  const bool usual = rows_are_known(h) && h.step == 1 && (h.taps == 3 || h.taps == 5);
   return usual && w.outputs <= kLanes<T> / 2 && I >= kPairRows;
 }
 
@@ -400,6 +404,12 @@ void sum_phase(const Sums<T>& sums, const Axis& h, const Axis& w) {
 }  // namespace
 
 // ---- entry points --------------------------------------------------------------------------------
+
+bool SmallChannels::knows_rows(const Conv2dShape& shape) { return rows_are_known(forward_axes_h(shape)[0]); }
+
+bool SmallChannels::pairs_rows(const Conv2dShape& shape) {
+  return in_pairs<float>(forward_axes_h(shape)[0], forward_axes_w(shape)[0], shape.P);
+}
 
 template <class T>
 void SmallChannels::forward(const Conv2dShape& shape, Strided4d<const T> input, Strided4d<const T> weight,

@@ -10,6 +10,11 @@ struct SmallChannels {
 
   static bool can(const Conv2dShape& shape) { return shape.C <= kMostChannels * shape.G; }
 
+  // Whether forward has a loop of its own for the kernel's rows; and whether rows are so narrow that two of them, of
+  // few enough taps, share a vector.
+  static bool knows_rows(const Conv2dShape& shape);
+  static bool pairs_rows(const Conv2dShape& shape);
+
   // As in direct.h, for float.
   template <class T>
   static void forward(const Conv2dShape& shape, Strided4d<const T> input, Strided4d<const T> weight, const T* bias,

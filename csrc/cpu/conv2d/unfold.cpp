@@ -162,36 +162,7 @@ void unfold(const Gather<T>& gather, int64_t channel, const Terms& terms, const 
       });
 }
 
-// images[x, channel + m] = sums[m][x] for the panel's pixels; sums (M, width). Images lie densely.
-template <class T>
-void write_sums(const T* sums, int64_t width, const std::vector<Run>& runs, int64_t channel, int64_t M,
-                const Strided4d<T>& images) {
-  for (const Run& run : runs) {
-    T* to = &images.at(run.n, channel, run.i, run.j);
-    if (images.stride_c == 1) {
-      copy_pixels(sums + run.lane, 1, width, run.count, M, to, images.stride_w);
-    } else {
-      for (int64_t m = 0; m < M; ++m) copy_run(sums + m * width + run.lane, run.count, to + m * images.stride_c);
-    }
-  }
-}
-
 // ---- kernels: folding ----------------------------------------------------------------------------
-
-// images[n, c, h, w] = bias[c]
-template <class T>
-void fill_with_bias(const Conv2dShape& shape, const T* bias, int64_t bias_stride, const Strided4d<T>& images) {
-  parallel_for(shape.N * shape.H, grain_of(shape.W * shape.C * kMoveProducts), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      for (int64_t w = 0; w < shape.W; ++w) {
-        T* pixel = &images.at(row / shape.H, 0, row % shape.H, w);
-        for (int64_t c = 0; c < shape.C; ++c) {
-          pixel[c * images.stride_c] = bias != nullptr ? bias[c * bias_stride] : T(0);
-        }
-      }
-    }
-  });
-}
 
 // images[channel + d] += folded[x][l], for channels [d, d + count) of a tap, at most a vector of them, at the places
 // that it reads; folded (pixels, stride)
@@ -235,7 +206,7 @@ void fold_all(const Gather<T>& gather, const std::vector<Run>& runs, int64_t cha
 
 // ---- kernels: products ---------------------------------------------------------------------------
 
-// Calls run(g, pixels, runs) for each group and panel of the output's pixels.
+// Calls work(g, pixels, runs) for each group and panel of the output's pixels.
 template <class T, class Work>
 void for_each_panel(const Conv2dShape& shape, const Work& work) {
   const PanelCuts<T> panels(shape.N * shape.P * shape.Q);
@@ -284,6 +255,7 @@ void Unfold::forward(const Conv2dShape& shape, Strided4d<const T> input, Strided
                      int64_t bias_stride, Strided4d<T> output) {
   const Gather<T> gather = gather_input(shape, input);
   const Terms terms(shape, weight);
+  const Pixels<T> target = {output, shape.P, shape.Q, 1, 1};
   const int64_t M = shape.K / shape.G, L = terms.count();
   for_each_panel<T>(shape, [&](int64_t g, const Panel& pixels, const std::vector<Run>& runs) {
     const int64_t width = pixels.width;
@@ -307,7 +279,7 @@ void Unfold::forward(const Conv2dShape& shape, Strided4d<const T> input, Strided
                       std::vector<int64_t>(offset + cuts.begin(b), offset + cuts.begin(b + 1)),
                       columns.data() + cuts.begin(b) * width, width, width, nullptr, rows.data(), {.rows = true});
         }
-        write_sums(sums.data(), width, runs, channel, channels, output);
+        unpack_pixels(sums.data(), channel, channels, pixels, target);
       }
     });
   });
