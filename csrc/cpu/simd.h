@@ -73,30 +73,40 @@ inline void store_first(T* to, int64_t count, Vector<T> vector) {
   memcpy(to, &vector, count * sizeof(T));
 }
 
-// ---- masks: all bits of a lane set, or none ------------------------------------------------------
+// ---- masks: all bits of a lane set, or none; with AVX-512 a bit for each lane ----------------------
 
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+template <class T>
+struct MaskOf {
+  typedef std::conditional_t<sizeof(T) == 8, __mmask8, __mmask16> type;
+};
+#else
 template <class T>
 struct MaskOf {
   typedef std::conditional_t<sizeof(T) == 8, int64_t, int32_t> type __attribute__((vector_size(kVectorBytes)));
 };
+#endif
 template <class T>
 using Mask = typename MaskOf<T>::type;
 
 // The first `count` lanes.
 template <class T>
 inline Mask<T> first_lanes(int64_t count) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  return Mask<T>((1u << count) - 1);
+#else
   Mask<T> lane;
   for (int i = 0; i < kLanes<T>; ++i) lane[i] = i;
   return lane < int(count);
+#endif
 }
 
 // From bytes that are 0 or -1.
 template <class T>
 inline Mask<T> load_mask(const int8_t* from) {
-#if defined(__AVX512F__)  // GCC 12 converts the bytes one by one
-  if constexpr (sizeof(T) == 4)
-    return (Mask<T>)_mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128((const __m128i*)from));
-  if constexpr (sizeof(T) == 8) return (Mask<T>)_mm512_maskz_cvtepi8_epi64(0xff, _mm_loadl_epi64((const __m128i*)from));
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  if constexpr (sizeof(T) == 4) return _mm_movepi8_mask(_mm_loadu_si128((const __m128i*)from));
+  if constexpr (sizeof(T) == 8) return Mask<T>(_mm_movepi8_mask(_mm_loadl_epi64((const __m128i*)from)));
 #elif defined(__AVX2__)
   if constexpr (sizeof(T) == 4) return (Mask<T>)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from));
   if constexpr (sizeof(T) == 8) return (Mask<T>)_mm256_cvtepi8_epi64(_mm_loadu_si32(from));
@@ -111,7 +121,12 @@ inline Mask<T> load_mask(const int8_t* from) {
 // The vector's lanes that the mask has, and 0 in the others.
 template <class T>
 inline Vector<T> where(Mask<T> mask, Vector<T> vector) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  if constexpr (sizeof(T) == 4) return (Vector<T>)_mm512_maskz_mov_ps(mask, (__m512)vector);
+  if constexpr (sizeof(T) == 8) return (Vector<T>)_mm512_maskz_mov_pd(mask, (__m512d)vector);
+#else
   return (Vector<T>)((Mask<T>)vector & mask);
+#endif
 }
 
 // ---- memory in one type, vectors in another: 16-bit numbers are computed with as floats ----------
