@@ -153,6 +153,7 @@ def small_channels_cases():
     for rows in (1, 2, 4, 5, 6):
         yield f"{rows}_rows_of_kernel", (2, 2, 15, 20), 6, (rows, 2), (1, 1), (1, 0, 0, 1), (1, 1)
     yield "long_sums", (1, 2, 10, 12), 100, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)
+    yield "many_weights", (2, 16, 13, 18), 12, (7, 7), (1, 1), (3, 3, 3, 3), (1, 1)
     yield "more_padding_than_kernel", (2, 3, 6, 18), 5, (3, 3), (2, 2), (4, 5, 7, 3), (1, 1)
     yield "stride_2_1", (2, 3, 12, 40), 5, (3, 3), (2, 1), (1, 1, 1, 1), (1, 1)
     yield "stride_3_leaves_pixels", (2, 3, 17, 41), 5, (2, 2), (3, 3), (0, 0, 0, 0), (1, 1)

@@ -61,22 +61,27 @@ bool winograd_pays(const Conv2dShape& shape, Pass pass) {
 
 // Where output channels or input channels as vectors would be mostly padding. Measured, as the constants: where the
 // strategy has to transpose its output, for channels_last, `direct` is faster as soon as output channels fill a vector,
-// and with several input channels; so it is for grad_weight, whose vectors are output channels. In planes, pairs of
-// rows pay where output channels leave a quarter of their vectors empty; and without a loop of their own, sums of a
-// kernel's rows do not fit 16 registers.
+// and with several input channels; so it is for grad_weight. In planes, pairs of rows pay where output channels leave a
+// quarter of their vectors empty; and without a loop of their own, sums of a kernel's rows do not fit 16 registers.
+// grad_weight has a vector of sums for each weight, and they come from cache and go there for each block of rows.
 bool small_channels_pay(const Conv2dShape& shape, Pass pass, bool channels_last) {
-  constexpr int64_t kFew = 4, L = kLanes<float>;
+  constexpr int64_t kFew = 4, kMost = 8, kFewTaps = 100, kFewColumns = 16, L = kLanes<float>;
+  const int64_t C = shape.C / shape.G, K = shape.K / shape.G;
   if (!SmallChannels::can(shape)) return false;
-  if (shape.G > 1) return pass != Pass::kGradWeight && std::max(shape.C, shape.K) < L * shape.G;
+  if (pass == Pass::kGradWeight) {
+    if (channels_last || shape.Q < kFewColumns || C * shape.R * shape.S > kFewTaps) return false;
+    return C <= kFew || (C <= kMost && K <= L);
+  }
+  if (shape.G > 1) return std::max(C, K) < L;
   switch (pass) {
     case Pass::kForward:
-      if (channels_last) return shape.C == 1 && shape.K < L;
-      if (shape.C <= kFew && (kVectorRegisters == 32 || SmallChannels::knows_rows(shape))) return true;
-      return 4 * shape.K <= 3 * ceil_div(shape.K, L) * L && SmallChannels::pairs_rows(shape);
+      if (channels_last) return C == 1 && K < L;
+      if (C <= kFew && (kVectorRegisters == 32 || SmallChannels::knows_rows(shape))) return true;
+      return 4 * K <= 3 * ceil_div(K, L) * L && SmallChannels::pairs_rows(shape);
     case Pass::kGradInput:
-      return shape.C <= std::max<int64_t>(kFew, L * 2 / 3);
+      return C <= std::max<int64_t>(kFew, L * 2 / 3);
     case Pass::kGradWeight:
-      return false;
+      break;
   }
   return false;
 }

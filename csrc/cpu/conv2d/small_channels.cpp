@@ -31,6 +31,9 @@ constexpr int64_t kTileRows = 4;                               // rows that do
 constexpr int64_t kOneChannelRows = 8;     // rows of a tile of one channel, else too few sums run side by side
 constexpr int64_t kPackProducts = 32;      // multiply-adds in the time in which a weight is packed
 constexpr int64_t kBlockBytes = 96 << 10;  // of a task's planes and results, in the second cache
+constexpr int64_t kSumBytes = 256 << 10;   // of grad_weight's sums, in the second cache
+constexpr int64_t kTaskChannels = 8;       // of grad, at least, for which a thread packs the source
+constexpr int64_t kWindowVectors = 64;     // of grad's rows in the first cache, summed before a sum goes to memory
 
 // ---- kernels -------------------------------------------------------------------------------------
 
@@ -137,6 +140,83 @@ void sum_tile(const Planes<T>& source, const Axis& h, int64_t taps_w, const T* w
       Lanes::store(row, to.pitch, count, Vector<T>(before(m, o) + sums[m][o]));
     }
   }
+}
+
+// ---- kernels: the weight's gradient ------------------------------------------------------------------
+
+// Rows of some channels of grad, and the source as neighbouring taps of a kernel's row read it with them: grad (k, i, j)
+// at grad[k*plane + i*pitch + j], what tap s reads with (i, j) at source[i*source_pitch + column[s] + j].
+template <class T>
+struct GradWindow {
+  int64_t rows, columns;
+  const T* grad;
+  int64_t plane, pitch;
+  const T* source;
+  int64_t source_pitch;
+  const int64_t* column;
+  int64_t ahead;  // from a row of grad to what is fetched meanwhile; 0: nothing
+};
+
+// Or each FMA would load its own: there are as many loads as FMAs then.
+template <class T>
+inline void keep_in_register(Vector<T>& vector) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(vector));
+#endif
+}
+
+// sums[k*stride + s] += sum over i, j of grad (k, i, j) * source (s, i, j), lane by lane, for K channels and S taps
+template <int K, int S, class T>
+void add_products(const GradWindow<T>& at, Vector<T>* sums, int64_t stride) {
+  constexpr int64_t L = kLanes<T>;
+  const int64_t whole = at.columns / L * L, left = at.columns - whole;
+  Vector<T> tile[K][S];
+  clear_tile(tile);
+  const auto add = [&](const T* grad, const T* source, const auto& load) {
+    Vector<T> x[S];
+#pragma GCC unroll 8
+    for (int s = 0; s < S; ++s) x[s] = load(source + at.column[s]);
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k) {
+      Vector<T> dy = load(grad + k * at.plane);
+      if (at.ahead != 0) __builtin_prefetch(grad + k * at.plane + at.ahead, 0, 2);
+      asm("" : "+v"(dy));
+#pragma GCC unroll 8
+      for (int s = 0; s < S; ++s) tile[k][s] += dy * x[s];
+    }
+  };
+  for (int64_t i = 0; i < at.rows; ++i) {
+    const T *grad = at.grad + i * at.pitch, *source = at.source + i * at.source_pitch;
+    for (int64_t j = 0; j < whole; j += L) add(grad + j, source + j, [](const T* from) { return load_vector(from); });
+    if (left > 0) add(grad + whole, source + whole, [left](const T* from) { return load_first(from, left); });
+  }
+#pragma GCC unroll 8
+  for (int k = 0; k < K; ++k) {
+#pragma GCC unroll 8
+    for (int s = 0; s < S; ++s) sums[k * stride + s] += tile[k][s];
+  }
+}
+
+template <class T>
+using AddProducts = void (*)(const GradWindow<T>&, Vector<T>*, int64_t);
+
+// Channels that share vectors of the source of so many taps: their sums fit the registers.
+constexpr int kMostTaps = kVectorRegisters == 32 ? 5 : 3;
+constexpr int channels_beside(int taps) { return kVectorRegisters == 32 ? std::min(8, 24 / taps) : std::min(4, 9 / taps); }
+
+template <int S, class T, int... K>
+AddProducts<T> products_of(int64_t channels, std::integer_sequence<int, K...>) {
+  static constexpr AddProducts<T> kTiles[] = {&add_products<K + 1, S, T>...};
+  return kTiles[channels - 1];
+}
+
+// add_products for `channels` <= channels_beside(taps) and `taps` <= kMostTaps.
+template <class T, int S = kMostTaps>
+AddProducts<T> products_of(int64_t channels, int64_t taps) {
+  if constexpr (S > 1) {
+    if (taps < S) return products_of<T, S - 1>(channels, taps);
+  }
+  return products_of<S, T>(channels, std::make_integer_sequence<int, channels_beside(S)>{});
 }
 
 template <class T>
@@ -401,6 +481,92 @@ void sum_phase(const Sums<T>& sums, const Axis& h, const Axis& w) {
   });
 }
 
+// What a task sums of grad_weight: rows of one image, for some output channels of a group.
+template <class T>
+struct GradBlock {
+  const T* grad;  // of the first channel and row
+  int64_t plane, pitch;
+  int64_t channels, rows;
+};
+
+// sums[((k*C + c)*R + r)*S + s] += sum over the block's pixels of grad (k, i, j) times what tap (r, s) of channel c reads
+// with (i, j), lane by lane: some rows and channels at a time, which stay in the first cache while all taps read them
+template <class T>
+void add_products_of_block(const Planes<T>& source, const Axis& h, const Axis& w, const GradBlock<T>& block,
+                           Vector<T>* sums) {
+  const int64_t taps = source.D * h.taps * w.taps, vectors = ceil_div(w.outputs, kLanes<T>);
+  const Pieces rows(block.rows, ceil_div(kWindowVectors, vectors)), columns(w.taps, kMostTaps);
+  const Pieces channels(block.channels, channels_beside(int(columns.most())));
+  for (int64_t window = 0; window < rows.count * channels.count; ++window) {
+    const int64_t i = rows.begin(window / channels.count), k = channels.begin(window % channels.count);
+    const int64_t channel_count = channels.length(window % channels.count);
+    const T* grad = block.grad + k * block.plane + i * block.pitch;
+    for (int64_t d = 0; d < source.D; ++d) {
+      for (int64_t r = 0; r < h.taps; ++r) {
+        const T* row = source.data + d * source.plane + (i * h.step + r * h.spacing) * source.pitch;
+        for (int64_t part = 0; part < columns.count; ++part) {
+          const int64_t s = columns.begin(part);
+          const bool fetch = d + r + part == 0 && k + channel_count < block.channels;
+          const auto add = products_of<T>(channel_count, columns.length(part));
+          add({rows.length(window / channels.count), w.outputs, grad, block.plane, block.pitch, row,
+               h.step * source.pitch, source.column + s, fetch ? channel_count * block.plane : 0},
+              sums + k * taps + (d * h.taps + r) * w.taps + s, taps);
+        }
+      }
+    }
+  }
+}
+
+// Tasks own some output channels of a group, and one of `chunks` stretches of its images and blocks of rows; the
+// chunks' sums are then added in order.
+template <class T>
+void sum_weight(const Conv2dShape& shape, const Strided4d<const T>& grad, const Strided4d<const T>& input,
+                const Strided4d<T>& grad_weight) {
+  const Axis h = forward_axes_h(shape)[0], w = forward_axes_w(shape)[0];
+  const int64_t C = shape.C / shape.G, K = shape.K / shape.G, taps = C * shape.R * shape.S;
+  const Packing<T> packing(h, w, 0, C);
+  const int64_t blocks = packing.blocks(), pieces = shape.N * blocks;
+  const int64_t fit = std::clamp<int64_t>(kSumBytes / (taps * kVectorBytes), 1, K);  // channels whose sums do
+  const int64_t chunks = std::clamp(ceil_div(kEnoughTasks, shape.G * ceil_div(K, fit)), int64_t(1), pieces);
+  const int64_t share = std::max(kTaskChannels, ceil_div(K, ceil_div(kEnoughTasks, shape.G * chunks)));
+  const Pieces channels(K, std::min(fit, share));
+  const int64_t tasks = shape.G * channels.count * chunks;
+  Scratch<T> partial(chunks * shape.K * taps);  // (chunks, K, C, R, S)
+  const int64_t products = ceil_div(pieces, chunks) * packing.most_rows() * shape.Q * channels.most() * taps;
+  parallel_for(tasks, grain_of(products), [&](int64_t begin, int64_t end) {
+    Scratch<T> packed(packing.size()), line(packing.line());
+    Scratch<Vector<T>> sums(channels.most() * taps);
+    std::fill_n(packed.data(), packing.size(), T(0));
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t chunk = task % chunks, part = task / chunks % channels.count, g = task / chunks / channels.count;
+      const int64_t k = g * K + channels.begin(part), weights = channels.length(part) * taps;
+      std::fill_n(sums.data(), weights, Vector<T>{});
+      for (int64_t piece = pieces * chunk / chunks; piece < pieces * (chunk + 1) / chunks; ++piece) {
+        const int64_t n = piece / blocks, block = piece % blocks;
+        packing.pack(input, n, g * C, block, line.data(), packed.data());
+        add_products_of_block<T>(packing.planes(packed.data(), 0, C), h, w,
+                                 {&grad.at(n, k, packing.first(block), 0), grad.stride_c, grad.stride_h,
+                                  channels.length(part), packing.rows(block)},
+                                 sums.data());
+      }
+      T* to = partial.data() + (chunk * shape.K + k) * taps;
+      for (int64_t i = 0; i < weights; ++i) to[i] = sum_of_lanes<T>(sums.data()[i]);
+    }
+  });
+  const T* first = partial.data();
+  for (int64_t k = 0; k < shape.K; ++k) {
+    for (int64_t c = 0; c < C; ++c) {
+      for (int64_t r = 0; r < shape.R; ++r) {
+        for (int64_t s = 0; s < shape.S; ++s, ++first) {
+          T sum = 0;
+          for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += first[chunk * shape.K * taps];
+          grad_weight.at(k, c, r, s) = sum;
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 // ---- entry points --------------------------------------------------------------------------------
@@ -432,11 +598,13 @@ void SmallChannels::grad_input(const Conv2dShape& shape, Strided4d<const T> grad
   }
 }
 
-// The sum runs over pixels, where the channels of grad fill the vectors: as direct has it.
+// Where channels lie side by side they fill the vectors: as direct has it.
 template <class T>
 void SmallChannels::grad_weight(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> input,
                                 Strided4d<T> grad_weight) {
-  Direct::grad_weight(shape, grad, input, grad_weight);
+  const bool empty = shape.N * shape.K * shape.P * shape.Q == 0;
+  if (empty || grad.stride_w != 1) return Direct::grad_weight(shape, grad, input, grad_weight);
+  sum_weight(shape, grad, input, grad_weight);
 }
 
 template void SmallChannels::forward(const Conv2dShape&, Strided4d<const float>, Strided4d<const float>, const float*,
