@@ -38,12 +38,13 @@ constexpr int64_t kWindowVectors = 64;     // of grad's rows in the first cache,
 // ---- kernels -------------------------------------------------------------------------------------
 
 // Where a block lies: plane d, row y, column x of output (0, 0) and tap (0, 0) at data[d*plane + y*pitch + x]; tap s is
-// column[s] further on.
+// column[s] further on. Rows outside [first, last) are padding.
 template <class T>
 struct Planes {
   const T* data;
   int64_t plane, pitch, D;
   const int64_t* column;
+  int64_t first, last;
 };
 
 // Where results go: channel m, row i at data[m*plane + i*pitch].
@@ -79,11 +80,13 @@ struct TwoRows {
 };
 
 // sums[m][o] += sum over r of weight[r*M + m] * rows[o*STEP + r], R neighbouring rows of the kernel known when
-// compiling
-template <class Lanes, int R, int STEP, int M, int ROWS, class T>
-inline void add_known_rows(const T* rows, int64_t pitch, const T* weight, Vector<T> (&sums)[M][ROWS]) {
+// compiling. BORDER: rows outside [first, last) are padding, and add nothing.
+template <class Lanes, int R, int STEP, bool BORDER, int M, int ROWS, class T>
+inline void add_known_rows(const T* rows, int64_t pitch, int first, int last, const T* weight,
+                           Vector<T> (&sums)[M][ROWS]) {
 #pragma GCC unroll 24
   for (int y = 0; y < (ROWS - 1) * STEP + R; ++y) {
+    if (BORDER && (y + Lanes::kRows <= first || y >= last)) continue;
     const Vector<T> x = Lanes::load(rows + y * pitch, pitch);
 #pragma GCC unroll 8
     for (int o = 0; o < ROWS; ++o) {
@@ -117,13 +120,18 @@ void sum_tile(const Planes<T>& source, const Axis& h, int64_t taps_w, const T* w
   Vector<T> sums[M][ROWS], done[M][ROWS] = {};  // of a block, and of the blocks before it
   const int64_t most = std::max<int64_t>(1, kBlockTerms / std::max<int64_t>(1, h.taps));  // pairs (d, s) of a block
   const int64_t pairs = source.D * taps_w;
+  const int first = int(source.first), last = int(source.last);
+  const bool border = first > 0 || last < (ROWS - 1) * STEP + R + Lanes::kRows - 1;
   bool is_first = true;
   const auto before = [&](int m, int o) { return is_first ? Vector<T>{} + bias[m] : done[m][o]; };
   for (int64_t pair = 0, d = 0, s = 0;; is_first = false) {
     clear_tile(sums);
     for (const int64_t end = std::min(pairs, pair + most); pair < end; ++pair, weight += h.taps * M) {
       const T* rows = source.data + d * source.plane + source.column[s];
-      if constexpr (R > 0) add_known_rows<Lanes, R, STEP, M, ROWS>(rows, source.pitch, weight, sums);
+      if constexpr (R > 0) {
+        border ? add_known_rows<Lanes, R, STEP, true, M, ROWS>(rows, source.pitch, first, last, weight, sums)
+               : add_known_rows<Lanes, R, STEP, false, M, ROWS>(rows, source.pitch, first, last, weight, sums);
+      }
       if constexpr (R == 0) add_any_rows<M, ROWS>(rows, source.pitch, h, weight, sums);
       if (++s == taps_w) s = 0, ++d;
     }
@@ -323,8 +331,9 @@ class Packing {
   int64_t size() const { return D_ * plane(); }
   int64_t line() const { return w_.step > 1 ? D_ * columns_ : 0; }
   int64_t result_pitch() const { return ceil_div(w_.outputs, kLanes<T>) * kLanes<T>; }
-  Planes<T> planes(const T* data, int64_t channel, int64_t count) const {
-    return {data + channel * plane(), plane(), pitch_, count, tap_columns_.data()};
+  Planes<T> planes(const T* data, int64_t channel, int64_t count, int64_t block) const {
+    const int64_t origin = first(block) * h_.step + h_.first;
+    return {data + channel * plane(), plane(), pitch_, count, tap_columns_.data(), -origin, h_.source - origin};
   }
 
   // `line` (D, columns_) holds a row before it is taken apart; `to` was zero before the first block.
@@ -408,6 +417,8 @@ void sum_block(const Planes<T>& source, const Axis& h, const Axis& w, const Piec
       for (int64_t j = 0; j < w.outputs; j += kLanes<T>) {
         Planes<T> part = source;
         part.data += row * h.step * source.pitch + j;
+        part.first -= row * h.step;
+        part.last -= row * h.step;
         const Results<T> place = {to.data + m * to.plane + row * to.pitch + j, to.plane, to.pitch};
         tile.sum(part, h, w.taps, factors + m * source.D * w.taps * h.taps, offsets + m,
                  std::min<int64_t>(kLanes<T>, w.outputs - j), place);
@@ -473,7 +484,7 @@ void sum_phase(const Sums<T>& sums, const Axis& h, const Axis& w) {
                                      : Results<T>{results.data(), I * pitch, pitch};
       for (int64_t g = first; g < first + groups; ++g) {
         const Results<T> of_group = {to.data + (g - first) * sums.M * to.plane, to.plane, to.pitch};
-        sum_block(packing.planes(packed.data(), (g - first) * sums.D, sums.D), h, w, tiles,
+        sum_block(packing.planes(packed.data(), (g - first) * sums.D, sums.D, block), h, w, tiles,
                   factors.data() + g * group_factors, offsets.data() + g * sums.M, I, of_group);
       }
       if (!in_place) write_block(to, M, I, w.outputs, target);
@@ -544,7 +555,7 @@ void sum_weight(const Conv2dShape& shape, const Strided4d<const T>& grad, const 
       for (int64_t piece = pieces * chunk / chunks; piece < pieces * (chunk + 1) / chunks; ++piece) {
         const int64_t n = piece / blocks, block = piece % blocks;
         packing.pack(input, n, g * C, block, line.data(), packed.data());
-        add_products_of_block<T>(packing.planes(packed.data(), 0, C), h, w,
+        add_products_of_block<T>(packing.planes(packed.data(), 0, C, block), h, w,
                                  {&grad.at(n, k, packing.first(block), 0), grad.stride_c, grad.stride_h,
                                   channels.length(part), packing.rows(block)},
                                  sums.data());
