@@ -29,6 +29,7 @@ namespace {
 // ---- tuning constants ----------------------------------------------------------------------------
 
 constexpr int64_t kGradTerms = 640;     // of a task's part of grad_weight, which stays in the second cache
+constexpr int64_t kGradBytes = 192 << 10;  // ... of all panels of a task
 constexpr int64_t kGradPixels = 96;     // summed before a sum goes to memory: with their rows, they fit the first cache
 constexpr int64_t kFewPixels = 32;      // of a block at least, if there are so many
 constexpr int64_t kSharedPixels = 256;  // that all tasks read, instead of all weights, where kernels are 1 x 1
@@ -410,8 +411,14 @@ struct GradPart {
   GradPart(const GradPart&) = delete;
 };
 
-// Tasks own some channels of a panel of one group's grad_weight, and one of `chunks` stretches of pixels where there
-// would be too few tasks otherwise; the chunks' sums are then added in order.
+// How many panels of grad_weight a task owns: as many as its sums' share of the second cache, because they read the same
+// pixels; one where pixels alone, `blocks` of them, make too few tasks.
+inline int64_t panels_of_task(int64_t panel_bytes, int64_t blocks) {
+  return blocks < kEnoughTasks ? 1 : std::max<int64_t>(1, kGradBytes / std::max<int64_t>(1, panel_bytes));
+}
+
+// Tasks own some channels of some panels of one group's grad_weight, and one of `chunks` stretches of pixels where
+// there would be too few tasks otherwise; the chunks' sums are then added in order.
 template <class T>
 void Direct::grad_weight(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> input,
                          Strided4d<T> grad_weight) {
@@ -428,72 +435,75 @@ void Direct::grad_weight(const Conv2dShape& shape, Strided4d<const T> grad, Stri
   }
   const PanelCuts<T> panels(M);
   const int64_t most_width = std::min<int64_t>(kPanelVectors * kLanes<T>, panels.padded());
-  const int64_t most_terms = cuts.most() * int64_t(gather.taps.size());
-  const int64_t tasks = shape.G * panels.count() * cuts.count;
+  const int64_t most_terms = cuts.most() * int64_t(gather.taps.size()), most_sums = most_terms * most_width;
   int64_t blocks = parts[0]->slab.blocks();
   for (const auto& part : parts) blocks = std::min(blocks, part->slab.blocks());
+  const int64_t owners = shape.G * cuts.count;  // times the panels, if they were shared out
+  const Pieces shares(panels.count(), panels_of_task(most_sums * sizeof(T), owners * blocks));
+  const int64_t tasks = owners * shares.count;
   const int64_t chunks = std::clamp(ceil_div(kEnoughTasks, tasks), int64_t(1), std::max<int64_t>(1, blocks));
-  struct Task {
-    const GradPart<T>& part;
-    Panel panel;
-    int64_t g;
-  };
-  const auto task_of = [&](int64_t task) {
-    return Task{*parts[task % cuts.count], panels[task / cuts.count % panels.count()],
-                task / cuts.count / panels.count()};
-  };
-  const auto finish = [&](const Task& task, const T* sums) {
-    const WeightView<T> view = {grad_weight.at(task.g * M, task.part.first),
+  const auto finish = [&](int64_t g, int64_t p, const GradPart<T>& part, const T* sums) {
+    const WeightView<T> view = {grad_weight.at(g * M, part.first),
                                 grad_weight.stride_n,
                                 grad_weight.stride_c,
                                 grad_weight.stride_h,
                                 grad_weight.stride_w,
                                 shape.R,
                                 shape.S};
-    unpack_weight(sums, task.panel, gather.taps, task.part.gather.D, view);
+    unpack_weight(sums, panels[p], gather.taps, part.gather.D, view);
   };
 
-  Scratch<T> partial(chunks > 1 ? tasks * chunks * most_terms * most_width : 0);
-  const int64_t products = ceil_div(gather.N * gather.I * gather.J, chunks) * most_terms * most_width;
+  // (group, panel, cut, chunk): the sums of each
+  Scratch<T> partial(chunks > 1 ? owners * panels.count() * chunks * most_sums : 0);
+  const int64_t products = ceil_div(gather.N * gather.I * gather.J, chunks) * shares.most() * most_sums;
   parallel_for(tasks * chunks, grain_of(products), [&](int64_t begin, int64_t end) {
     int64_t most_memory = 0, most_pixels = 0;
     for (const auto& part : parts) {
       most_memory = std::max(most_memory, part->slab.size());
       most_pixels = std::max(most_pixels, part->slab.most_pixels());
     }
-    Scratch<T> memory(most_memory), columns(most_pixels * most_width), own(chunks > 1 ? 0 : most_terms * most_width);
+    Scratch<T> memory(most_memory), columns(most_pixels * most_width), own(chunks > 1 ? 0 : shares.most() * most_sums);
     const T zeros[kPanelVectors * kLanes<T>] = {};
     std::vector<int64_t> offsets;
-    std::vector<T*> rows(most_terms);
-    for (int64_t index = begin; index < end; ++index) {
-      const Task task = task_of(index / chunks);
-      const int64_t terms = task.part.terms.size(), width = task.panel.width, chunk = index % chunks;
-      T* sums = chunks > 1 ? partial.data() + index * most_terms * most_width : own.data();
-      for (int64_t l = 0; l < terms; ++l) rows[l] = sums + l * width;
-      if (blocks == 0) std::fill_n(sums, terms * width, T(0));
-      const int64_t blocks_of_part = task.part.slab.blocks(), first = blocks_of_part * chunk / chunks;
-      for (int64_t b = first; b < blocks_of_part * (chunk + 1) / chunks; ++b) {
-        const Block block = task.part.slab.block(b);
-        const T* source =
-            task.part.slab.gather(task.g * gather.D + task.part.first, task.part.gather.D, block, memory.data());
-        task.part.slab.offsets_of_pixels(block, offsets);
-        const auto of_grad = grad_columns(grad, task.g * M + task.panel.first, task.panel, block, columns.data());
-        multiply(terms, source, task.part.terms.data(), offsets, of_grad.data, of_grad.stride, width,
-                 b == first ? zeros : nullptr, rows.data(), {.rows = task.part.slab.in_place() && input.stride_c != 1});
+    std::vector<T*> rows(shares.most() * most_terms);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t chunk = task % chunks, cut = task / chunks % cuts.count;
+      const int64_t share = task / chunks / cuts.count % shares.count, g = task / chunks / cuts.count / shares.count;
+      const GradPart<T>& part = *parts[cut];
+      const int64_t terms = part.terms.size(), first_panel = shares.begin(share);
+      const auto sums_of = [&](int64_t p) {
+        if (chunks == 1) return own.data() + (p - first_panel) * most_sums;
+        return partial.data() + (((g * panels.count() + p) * cuts.count + cut) * chunks + chunk) * most_sums;
+      };
+      for (int64_t p = first_panel; p < shares.begin(share + 1); ++p) {
+        for (int64_t l = 0; l < terms; ++l) rows[(p - first_panel) * terms + l] = sums_of(p) + l * panels[p].width;
+        if (blocks == 0) std::fill_n(sums_of(p), terms * panels[p].width, T(0));
       }
-      if (chunks == 1) finish(task, sums);
+      const int64_t blocks_of_part = part.slab.blocks(), first = blocks_of_part * chunk / chunks;
+      for (int64_t b = first; b < blocks_of_part * (chunk + 1) / chunks; ++b) {
+        const Block block = part.slab.block(b);
+        const T* source = part.slab.gather(g * gather.D + part.first, part.gather.D, block, memory.data());
+        part.slab.offsets_of_pixels(block, offsets);
+        for (int64_t p = first_panel; p < shares.begin(share + 1); ++p) {
+          const auto of_grad = grad_columns(grad, g * M + panels[p].first, panels[p], block, columns.data());
+          const bool in_memory = part.slab.in_place() && input.stride_c != 1 && p == first_panel;
+          multiply(terms, source, part.terms.data(), offsets, of_grad.data, of_grad.stride, panels[p].width,
+                   b == first ? zeros : nullptr, rows.data() + (p - first_panel) * terms, {.rows = in_memory});
+        }
+      }
+      for (int64_t p = first_panel; chunks == 1 && p < shares.begin(share + 1); ++p) finish(g, p, part, sums_of(p));
     }
   });
   if (chunks == 1) return;
-  parallel_for(tasks, grain_of(most_terms * most_width * chunks), [&](int64_t begin, int64_t end) {
+  parallel_for(owners * panels.count(), grain_of(most_sums * chunks), [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {
-      const Task task = task_of(index);
-      T* sums = partial.data() + index * chunks * most_terms * most_width;
+      const int64_t cut = index % cuts.count, p = index / cuts.count % panels.count();
+      T* sums = partial.data() + index * chunks * most_sums;
       for (int64_t chunk = 1; chunk < chunks; ++chunk) {
-        const T* more = sums + chunk * most_terms * most_width;
-        for (int64_t i = 0; i < int64_t(task.part.terms.size()) * task.panel.width; ++i) sums[i] += more[i];
+        const T* more = sums + chunk * most_sums;
+        for (int64_t i = 0; i < int64_t(parts[cut]->terms.size()) * panels[p].width; ++i) sums[i] += more[i];
       }
-      finish(task, sums);
+      finish(index / cuts.count / panels.count(), p, *parts[cut], sums);
     }
   });
 }
