@@ -50,7 +50,7 @@ enum class Pass { kForward, kGradInput, kGradWeight };
 bool winograd_pays(const Conv2dShape& shape, Pass pass) {
   constexpr int64_t kKernelCost = 136, kManyProducts = 256 * 256, kManyProductsTiles = 32;
   const bool grad_weight = pass == Pass::kGradWeight;
-  const int64_t least_channels = grad_weight ? 16 : 24;
+  const int64_t least_channels = grad_weight ? 8 : 24;
   const int64_t tiles = shape.N * ceil_div(shape.P, 2) * ceil_div(shape.Q, 2), pixels = shape.N * shape.P * shape.Q;
   const int64_t C = shape.C / shape.G, K = shape.K / shape.G;
   if (!Winograd::can(shape) || std::min(C, K) < least_channels) return false;
