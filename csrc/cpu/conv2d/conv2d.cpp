@@ -48,12 +48,14 @@ enum class Pass { kForward, kGradInput, kGradWeight };
 // In multiply-adds for each pair of channels: 16 for a tile and a fifth more for its transforms, which many channels
 // share, and what transforming a kernel costs more than packing it. Measured, as the constants.
 bool winograd_pays(const Conv2dShape& shape, Pass pass) {
-  constexpr int64_t kKernelCost = 136, kManyProducts = 256 * 256, kManyProductsTiles = 32;
+  constexpr int64_t kKernelCost = 136, kFewProducts = 16 * 16, kManyProducts = 256 * 256;
+  constexpr int64_t kManyProductsTiles = 32;
   const bool grad_weight = pass == Pass::kGradWeight;
-  const int64_t least_channels = grad_weight ? 8 : 24;
+  const int64_t least_channels = grad_weight ? 8 : kVectorRegisters == 32 ? 16 : 24;
   const int64_t tiles = shape.N * ceil_div(shape.P, 2) * ceil_div(shape.Q, 2), pixels = shape.N * shape.P * shape.Q;
   const int64_t C = shape.C / shape.G, K = shape.K / shape.G;
   if (!Winograd::can(shape) || std::min(C, K) < least_channels) return false;
+  if (!grad_weight && C * K <= kFewProducts) return false;
   // sums of many products leave the cache before they are transformed back
   if (grad_weight && C * K > kManyProducts && tiles < kManyProductsTiles) return false;
   return 16 * tiles * 6 / 5 + kKernelCost < 9 * pixels;
@@ -61,29 +63,31 @@ bool winograd_pays(const Conv2dShape& shape, Pass pass) {
 
 // Where output channels or input channels as vectors would be mostly padding. Measured, as the constants: where the
 // strategy has to transpose its output, for channels_last, `direct` is faster as soon as output channels fill a vector,
-// and with several input channels; so it is for grad_weight. In planes, pairs of rows pay where output channels leave a
-// quarter of their vectors empty; and without a loop of their own, sums of a kernel's rows do not fit 16 registers.
-// grad_weight has a vector of sums for each weight, and they come from cache and go there for each block of rows.
+// and with several input channels; so it is for grad_weight. In planes, 8 channels pay, or 16 in and out, where rows
+// leave hardly a lane empty; and pairs of rows where output channels leave a quarter of their vectors empty. Without a
+// loop of their own, sums of a kernel's rows do not fit 16 registers. grad_weight has a vector of sums for each weight,
+// and they come from cache and go there for each block of rows.
 bool small_channels_pay(const Conv2dShape& shape, Pass pass, bool channels_last) {
-  constexpr int64_t kFew = 4, kMost = 8, kFewTaps = 100, kFewColumns = 16, L = kLanes<float>;
+  constexpr int64_t kFew = 4, kMore = 8, kMost = SmallChannels::kMostChannels, kFewTaps = 100, kFewColumns = 16;
+  constexpr int64_t kFewPixels = 512, L = kLanes<float>;
   const int64_t C = shape.C / shape.G, K = shape.K / shape.G;
   if (!SmallChannels::can(shape)) return false;
   if (pass == Pass::kGradWeight) {
     if (channels_last || shape.Q < kFewColumns || C * shape.R * shape.S > kFewTaps) return false;
-    return C <= kFew || (C <= kMost && K <= L);
+    return C <= kFew || (C <= kMore && K <= L);
   }
   if (shape.G > 1) return std::max(C, K) < L;
-  switch (pass) {
-    case Pass::kForward:
-      if (channels_last) return C == 1 && K < L;
-      if (C <= kFew && (kVectorRegisters == 32 || SmallChannels::knows_rows(shape))) return true;
-      return 4 * K <= 3 * ceil_div(K, L) * L && SmallChannels::pairs_rows(shape);
-    case Pass::kGradInput:
-      return C <= std::max<int64_t>(kFew, L * 2 / 3);
-    case Pass::kGradWeight:
-      break;
+  const bool few_pixels = channels_last || shape.N * shape.P * shape.Q < kFewPixels;
+  const auto fills_lanes = [&](int64_t columns) {
+    return !few_pixels && SmallChannels::knows_rows(shape) && 8 * columns >= 7 * ceil_div(columns, L) * L;
+  };
+  if (pass == Pass::kGradInput) {
+    return C <= std::max<int64_t>(kFew, L * 2 / 3) || (K <= kMost && fills_lanes(shape.W));
   }
-  return false;
+  if (channels_last) return C == 1 && K < L;
+  if (C <= kFew && (kVectorRegisters == 32 || SmallChannels::knows_rows(shape))) return true;
+  if ((C <= kMore || K <= kMost) && fills_lanes(shape.Q)) return true;
+  return 4 * K <= 3 * ceil_div(K, L) * L && SmallChannels::pairs_rows(shape);
 }
 
 // Where each weight is used so few times that packing it costs more. Measured, as the constants: the gradients pay for
