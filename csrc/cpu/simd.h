@@ -60,7 +60,8 @@ inline Vector<T> load_first(const T* from, int64_t count) {
   if constexpr (sizeof(T) == 8) return (Vector<T>)_mm512_maskz_loadu_epi64(__mmask8((1u << count) - 1), from);
 #elif defined(__AVX2__)
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), all = _mm256_set1_epi32(int(count));
-  if constexpr (sizeof(T) == 4) return (Vector<T>)_mm256_maskload_epi32((const int*)from, _mm256_cmpgt_epi32(all, lane));
+  if constexpr (sizeof(T) == 4)
+    return (Vector<T>)_mm256_maskload_epi32((const int*)from, _mm256_cmpgt_epi32(all, lane));
 #endif
   Vector<T> vector = {};
   memcpy(&vector, from, count * sizeof(T));

@@ -28,7 +28,7 @@ namespace {
 
 // ---- tuning constants ----------------------------------------------------------------------------
 
-constexpr int64_t kGradTerms = 640;     // of a task's part of grad_weight, which stays in the second cache
+constexpr int64_t kGradTerms = 640;        // of a task's part of grad_weight, which stays in the second cache
 constexpr int64_t kGradBytes = 192 << 10;  // ... of all panels of a task
 constexpr int64_t kGradPixels = 96;     // summed before a sum goes to memory: with their rows, they fit the first cache
 constexpr int64_t kFewPixels = 32;      // of a block at least, if there are so many
@@ -411,8 +411,8 @@ struct GradPart {
   GradPart(const GradPart&) = delete;
 };
 
-// How many panels of grad_weight a task owns: as many as its sums' share of the second cache, because they read the same
-// pixels; one where pixels alone, `blocks` of them, make too few tasks.
+// How many panels of grad_weight a task owns: as many as its sums' share of the second cache, because they read the
+// same pixels; one where pixels alone, `blocks` of them, make too few tasks.
 inline int64_t panels_of_task(int64_t panel_bytes, int64_t blocks) {
   return blocks < kEnoughTasks ? 1 : std::max<int64_t>(1, kGradBytes / std::max<int64_t>(1, panel_bytes));
 }

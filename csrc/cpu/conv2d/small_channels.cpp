@@ -2,8 +2,9 @@
 //
 //   output    [n, k, p, q] = bias[k] + sum over c, r, s of weight[k, c, r, s] * input[n, c, h, w]
 //   grad_input[n, c, h, w] = bias[c] + the same over grad and k, for each phase of h and w by the stride (stencil.h)
-// with h = p*stride_h - pad_top + r*dilation_h and w alike. Both are one sum: M target channels, D source channels, of
-// each group.
+//   grad_weight[k, c, r, s] =          sum over n, p, q of grad[n, k, p, q] * input[n, c, h, w]
+// with h = p*stride_h - pad_top + r*dilation_h and w alike. The first two are one sum: M target channels, D source
+// channels, of each group. In the third each lane sums over its own pixels, and the lanes are added at the end.
 //
 // Who owns what: a task owns a block of rows of one image, for all M of one group or some. It packs the rows that it
 // reads of all D channels into padded planes that stay in the second cache, and sums tiles of rows and target channels
@@ -152,8 +153,8 @@ void sum_tile(const Planes<T>& source, const Axis& h, int64_t taps_w, const T* w
 
 // ---- kernels: the weight's gradient ------------------------------------------------------------------
 
-// Rows of some channels of grad, and the source as neighbouring taps of a kernel's row read it with them: grad (k, i, j)
-// at grad[k*plane + i*pitch + j], what tap s reads with (i, j) at source[i*source_pitch + column[s] + j].
+// Rows of some channels of grad, and the source as neighbouring taps of a kernel's row read it with them: grad (k, i,
+// j) at grad[k*plane + i*pitch + j], what tap s reads with (i, j) at source[i*source_pitch + column[s] + j].
 template <class T>
 struct GradWindow {
   int64_t rows, columns;
@@ -210,7 +211,9 @@ using AddProducts = void (*)(const GradWindow<T>&, Vector<T>*, int64_t);
 
 // Channels that share vectors of the source of so many taps: their sums fit the registers.
 constexpr int kMostTaps = kVectorRegisters == 32 ? 5 : 3;
-constexpr int channels_beside(int taps) { return kVectorRegisters == 32 ? std::min(8, 24 / taps) : std::min(4, 9 / taps); }
+constexpr int channels_beside(int taps) {
+  return kVectorRegisters == 32 ? std::min(8, 24 / taps) : std::min(4, 9 / taps);
+}
 
 template <int S, class T, int... K>
 AddProducts<T> products_of(int64_t channels, std::integer_sequence<int, K...>) {
@@ -500,8 +503,9 @@ struct GradBlock {
   int64_t channels, rows;
 };
 
-// sums[((k*C + c)*R + r)*S + s] += sum over the block's pixels of grad (k, i, j) times what tap (r, s) of channel c reads
-// with (i, j), lane by lane: some rows and channels at a time, which stay in the first cache while all taps read them
+// sums[((k*C + c)*R + r)*S + s] += sum over the block's pixels of grad (k, i, j) times what tap (r, s) of channel c
+// reads with (i, j), lane by lane: some rows and channels at a time, which stay in the first cache while all taps read
+// them
 template <class T>
 void add_products_of_block(const Planes<T>& source, const Axis& h, const Axis& w, const GradBlock<T>& block,
                            Vector<T>* sums) {
