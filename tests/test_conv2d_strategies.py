@@ -310,6 +310,16 @@ def test_small_channels_refuses_groups_of_many_channels(channels, groups):
         torch.ops.dlkernels.conv2d_by(number, input, weight, None, (1, 1), (1,) * 4, (1, 1), groups)
 
 
+def test_small_channels_takes_no_channels():
+    """Rows wide enough that the chooser would take it for grad_weight."""
+    x, weight, grad = torch.randn(2, 0, 20, 20), torch.randn(3, 0, 3, 3), torch.randn(2, 3, 20, 20)
+    geometry = ((1, 1), (1,) * 4, (1, 1), 1)
+    for operator in (torch.ops.dlkernels.conv2d_backward_by, torch.ops.dlkernels.conv2d_backward):
+        strategy = [STRATEGIES.index("small_channels")] if operator is torch.ops.dlkernels.conv2d_backward_by else []
+        grads = operator(*strategy, grad, x, weight, *geometry, [True] * 3)
+        assert [g.shape for g in grads] == [x.shape, weight.shape, (3,)]
+
+
 def test_there_are_as_many_strategies_as_names():
     with pytest.raises(RuntimeError, match=f"strategy must be below {len(STRATEGIES)}, got {len(STRATEGIES)}"):
         torch.ops.dlkernels.conv2d_by(

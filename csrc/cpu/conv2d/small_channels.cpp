@@ -617,7 +617,7 @@ void SmallChannels::grad_input(const Conv2dShape& shape, Strided4d<const T> grad
 template <class T>
 void SmallChannels::grad_weight(const Conv2dShape& shape, Strided4d<const T> grad, Strided4d<const T> input,
                                 Strided4d<T> grad_weight) {
-  const bool empty = shape.N * shape.K * shape.P * shape.Q == 0;
+  const bool empty = shape.N * shape.C * shape.K * shape.P * shape.Q == 0;
   if (empty || grad.stride_w != 1) return Direct::grad_weight(shape, grad, input, grad_weight);
   sum_weight(shape, grad, input, grad_weight);
 }
