@@ -311,13 +311,14 @@ def test_small_channels_refuses_groups_of_many_channels(channels, groups):
 
 
 def test_small_channels_takes_no_channels():
-    """Rows wide enough that the chooser would take it for grad_weight."""
-    x, weight, grad = torch.randn(2, 0, 20, 20), torch.randn(3, 0, 3, 3), torch.randn(2, 3, 20, 20)
-    geometry = ((1, 1), (1,) * 4, (1, 1), 1)
-    for operator in (torch.ops.dlkernels.conv2d_backward_by, torch.ops.dlkernels.conv2d_backward):
-        strategy = [STRATEGIES.index("small_channels")] if operator is torch.ops.dlkernels.conv2d_backward_by else []
-        grads = operator(*strategy, grad, x, weight, *geometry, [True] * 3)
-        assert [g.shape for g in grads] == [x.shape, weight.shape, (3,)]
+    """Forced, and where the chooser takes it for grad_weight: rows that fill a vector."""
+    input, weight, grad = torch.randn(2, 0, 20, 20), torch.randn(3, 0, 3, 3), torch.randn(2, 3, 20, 20)
+    arguments = (grad, input, weight, (1, 1), (1,) * 4, (1, 1), 1, [True] * 3)
+    forced = torch.ops.dlkernels.conv2d_backward_by(STRATEGIES.index("small_channels"), *arguments)
+    chosen = torch.ops.dlkernels.conv2d_backward(*arguments)
+    for grad_input, grad_weight, grad_bias in (forced, chosen):
+        assert (grad_input.shape, grad_weight.shape) == (input.shape, weight.shape)
+        torch.testing.assert_close(grad_bias, grad.sum((0, 2, 3)))
 
 
 def test_there_are_as_many_strategies_as_names():

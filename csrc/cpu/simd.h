@@ -59,9 +59,11 @@ inline Vector<T> load_first(const T* from, int64_t count) {
   if constexpr (sizeof(T) == 4) return (Vector<T>)_mm512_maskz_loadu_epi32(__mmask16((1u << count) - 1), from);
   if constexpr (sizeof(T) == 8) return (Vector<T>)_mm512_maskz_loadu_epi64(__mmask8((1u << count) - 1), from);
 #elif defined(__AVX2__)
-  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), all = _mm256_set1_epi32(int(count));
-  if constexpr (sizeof(T) == 4)
-    return (Vector<T>)_mm256_maskload_epi32((const int*)from, _mm256_cmpgt_epi32(all, lane));
+  if constexpr (sizeof(T) == 4) {
+    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(int(count)), lanes);
+    return (Vector<T>)_mm256_maskload_epi32((const int*)from, mask);
+  }
 #endif
   Vector<T> vector = {};
   memcpy(&vector, from, count * sizeof(T));
@@ -77,7 +79,7 @@ inline void store_first(T* to, int64_t count, Vector<T> vector) {
   memcpy(to, &vector, count * sizeof(T));
 }
 
-// ---- masks: all bits of a lane set, or none; with AVX-512 a bit for each lane ----------------------
+// ---- masks: all bits of a lane set, or none; with AVX-512 a bit for each lane, which the operation before takes along
 
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
 template <class T>

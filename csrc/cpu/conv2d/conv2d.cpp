@@ -46,7 +46,8 @@ void with_strategy(Strategy strategy, const Run& run) {
 enum class Pass { kForward, kGradInput, kGradWeight };
 
 // In multiply-adds for each pair of channels: 16 for a tile and a fifth more for its transforms, which many channels
-// share, and what transforming a kernel costs more than packing it. Measured, as the constants.
+// share, and what transforming a kernel costs more than packing it. Few channels share too little: 16 in and out, which
+// leave no lane of `direct` empty, are faster there. Measured, as the constants.
 bool winograd_pays(const Conv2dShape& shape, Pass pass) {
   constexpr int64_t kKernelCost = 136, kFewProducts = 16 * 16, kManyProducts = 256 * 256;
   constexpr int64_t kManyProductsTiles = 32;
@@ -69,7 +70,7 @@ bool winograd_pays(const Conv2dShape& shape, Pass pass) {
 // and they come from cache and go there for each block of rows.
 bool small_channels_pay(const Conv2dShape& shape, Pass pass, bool channels_last) {
   constexpr int64_t kFew = 4, kMore = 8, kMost = SmallChannels::kMostChannels, kFewTaps = 100, kFewColumns = 16;
-  constexpr int64_t kFewPixels = 512, L = kLanes<float>;
+  constexpr int64_t kManyPixels = 512, L = kLanes<float>;
   const int64_t C = shape.C / shape.G, K = shape.K / shape.G;
   if (!SmallChannels::can(shape)) return false;
   if (pass == Pass::kGradWeight) {
@@ -77,16 +78,17 @@ bool small_channels_pay(const Conv2dShape& shape, Pass pass, bool channels_last)
     return C <= kFew || (C <= kMore && K <= L);
   }
   if (shape.G > 1) return std::max(C, K) < L;
-  const bool few_pixels = channels_last || shape.N * shape.P * shape.Q < kFewPixels;
-  const auto fills_lanes = [&](int64_t columns) {
-    return !few_pixels && SmallChannels::knows_rows(shape) && 8 * columns >= 7 * ceil_div(columns, L) * L;
+  const bool many_pixels = shape.N * shape.P * shape.Q >= kManyPixels;
+  const auto planes_fill_lanes = [&](int64_t columns) {
+    const bool fills = 8 * columns >= 7 * ceil_div(columns, L) * L;
+    return fills && many_pixels && !channels_last && SmallChannels::knows_rows(shape);
   };
   if (pass == Pass::kGradInput) {
-    return C <= std::max<int64_t>(kFew, L * 2 / 3) || (K <= kMost && fills_lanes(shape.W));
+    return C <= std::max<int64_t>(kFew, L * 2 / 3) || (K <= kMost && planes_fill_lanes(shape.W));
   }
   if (channels_last) return C == 1 && K < L;
   if (C <= kFew && (kVectorRegisters == 32 || SmallChannels::knows_rows(shape))) return true;
-  if ((C <= kMore || K <= kMost) && fills_lanes(shape.Q)) return true;
+  if ((C <= kMore || K <= kMost) && planes_fill_lanes(shape.Q)) return true;
   return 4 * K <= 3 * ceil_div(K, L) * L && SmallChannels::pairs_rows(shape);
 }
 

@@ -248,13 +248,7 @@ template <class T>
 void fill_outside(const Gather<T>& gather, const Inside& rows, const Inside& columns, int64_t M, const T* bias,
                   int64_t bias_stride, const Strided4d<T>& target) {
   const auto fill = [&](int64_t n, int64_t i, int64_t first, int64_t count) {
-    const bool side_by_side = target.stride_c == 1;
-    for (int64_t outer = 0; outer < (side_by_side ? count : M); ++outer) {
-      for (int64_t inner = 0; inner < (side_by_side ? M : count); ++inner) {
-        const int64_t m = side_by_side ? inner : outer, j = first + (side_by_side ? outer : inner);
-        target.at(n, m, i, j) = bias != nullptr ? bias[m * bias_stride] : T(0);
-      }
-    }
+    fill_row_with_bias(M, bias, bias_stride, target, n, i, first, count);
   };
   parallel_for(gather.N * gather.I, grain_of(kMoveProducts * gather.J * M), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
@@ -438,7 +432,7 @@ void Direct::grad_weight(const Conv2dShape& shape, Strided4d<const T> grad, Stri
   const int64_t most_terms = cuts.most() * int64_t(gather.taps.size()), most_sums = most_terms * most_width;
   int64_t blocks = parts[0]->slab.blocks();
   for (const auto& part : parts) blocks = std::min(blocks, part->slab.blocks());
-  const int64_t owners = shape.G * cuts.count;  // times the panels, if they were shared out
+  const int64_t owners = shape.G * cuts.count;  // tasks, if each owned all panels
   const Pieces shares(panels.count(), panels_of_task(most_sums * sizeof(T), owners * blocks));
   const int64_t tasks = owners * shares.count;
   const int64_t chunks = std::clamp(ceil_div(kEnoughTasks, tasks), int64_t(1), std::max<int64_t>(1, blocks));

@@ -266,19 +266,26 @@ void unpack_pixels(const T* sums, int64_t channel, int64_t M, const Panel& panel
   });
 }
 
+// images[n, c, h, first + i] = bias[c] for c < C, i < count
+template <class T>
+void fill_row_with_bias(int64_t C, const T* bias, int64_t bias_stride, const Strided4d<T>& images, int64_t n, int64_t h,
+                        int64_t first, int64_t count) {
+  const bool side_by_side = images.stride_c == 1;
+  for (int64_t outer = 0; outer < (side_by_side ? count : C); ++outer) {
+    for (int64_t inner = 0; inner < (side_by_side ? C : count); ++inner) {
+      const int64_t c = side_by_side ? inner : outer, w = first + (side_by_side ? outer : inner);
+      images.at(n, c, h, w) = bias != nullptr ? bias[c * bias_stride] : T(0);
+    }
+  }
+}
+
 // images[n, c, h, w] = bias[c], images (N, C, H, W) of the input's shape
 template <class T>
 void fill_with_bias(const Conv2dShape& shape, const T* bias, int64_t bias_stride, const Strided4d<T>& images) {
-  const bool side_by_side = images.stride_c == 1;
   const int64_t N = shape.N, H = shape.H, W = shape.W, C = shape.C;
   parallel_for(N * H, grain_of(kMoveProducts * W * C), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      for (int64_t outer = 0; outer < (side_by_side ? W : C); ++outer) {
-        for (int64_t inner = 0; inner < (side_by_side ? C : W); ++inner) {
-          const int64_t c = side_by_side ? inner : outer, w = side_by_side ? outer : inner;
-          images.at(row / H, c, row % H, w) = bias != nullptr ? bias[c * bias_stride] : T(0);
-        }
-      }
+      fill_row_with_bias(C, bias, bias_stride, images, row / H, row % H, 0, W);
     }
   });
 }

@@ -153,8 +153,9 @@ void sum_tile(const Planes<T>& source, const Axis& h, int64_t taps_w, const T* w
 
 // ---- kernels: the weight's gradient ------------------------------------------------------------------
 
-// Rows of some channels of grad, and the source as neighbouring taps of a kernel's row read it with them: grad (k, i,
-// j) at grad[k*plane + i*pitch + j], what tap s reads with (i, j) at source[i*source_pitch + column[s] + j].
+// Rows of some channels of grad, and the source as neighbouring taps of a kernel's row read it with them: grad(k, i, j)
+// lies at grad[k*plane + i*pitch + j], and source(s, i, j), what tap s reads for it, at source[i*source_pitch +
+// column[s] + j].
 template <class T>
 struct GradWindow {
   int64_t rows, columns;
@@ -163,18 +164,19 @@ struct GradWindow {
   const T* source;
   int64_t source_pitch;
   const int64_t* column;
-  int64_t ahead;  // from a row of grad to what is fetched meanwhile; 0: nothing
+  int64_t ahead;  // how far behind a number of grad lies what is fetched meanwhile; 0: nothing is
 };
 
-// Or each FMA would load its own: there are as many loads as FMAs then.
-template <class T>
-inline void keep_in_register(Vector<T>& vector) {
-#if defined(__AVX512F__)
+// For a vector that several FMAs take: the compiler would let each of them load it anew, and there would be as many
+// loads as FMAs.
+template <class V>
+inline void keep_in_register(V& vector) {
+#if defined(__x86_64__)
   asm("" : "+v"(vector));
 #endif
 }
 
-// sums[k*stride + s] += sum over i, j of grad (k, i, j) * source (s, i, j), lane by lane, for K channels and S taps
+// sums[k*stride + s] += sum over i, j of grad(k, i, j) * source(s, i, j), lane by lane, for K channels and S taps
 template <int K, int S, class T>
 void add_products(const GradWindow<T>& at, Vector<T>* sums, int64_t stride) {
   constexpr int64_t L = kLanes<T>;
@@ -189,7 +191,7 @@ void add_products(const GradWindow<T>& at, Vector<T>* sums, int64_t stride) {
     for (int k = 0; k < K; ++k) {
       Vector<T> dy = load(grad + k * at.plane);
       if (at.ahead != 0) __builtin_prefetch(grad + k * at.plane + at.ahead, 0, 2);
-      asm("" : "+v"(dy));
+      keep_in_register(dy);
 #pragma GCC unroll 8
       for (int s = 0; s < S; ++s) tile[k][s] += dy * x[s];
     }
