@@ -33,14 +33,14 @@ constexpr int64_t kBlockRows = 64;  // rows summed before their sum goes on: lon
 
 // ---- kernels: the features, as the loops want them ---------------------------------------------------
 
-// scale = s*weight (M), 0 where dropped; mask has all bits set where kept, none where dropped and behind the last
-// feature, and exists only where a feature may be dropped. The first `prefix` features are those that a row's shift is
-// made of.
+// mask has all bits set where kept, none where dropped and behind the last feature, and exists only where a feature may
+// be dropped. The first `prefix` features are those that a row's shift is made of. scale, once it has been made, is
+// s*weight (M), 0 where dropped.
 template <class A>
 struct Features {
   int64_t M, kept, prefix, kept_in_prefix;
   A s = 1;
-  const A* scale;
+  const A* scale = nullptr;
   const int8_t* mask = nullptr;
 
   template <class T, class P>
@@ -50,13 +50,17 @@ struct Features {
       kept = make_mask(in.keep, M, own_mask_->data());
       if (shape.rescale && kept > 0) s = A(double(M) / double(kept));
     }
-    scale = times_s(in.weight, A(1), own_scale_);
     prefix = kept_in_prefix = 0;
     while (prefix < M && kept_in_prefix < std::min(kept, kPrefixKept)) {
       const int64_t end = std::min(M, prefix + kPrefixBlock);
       kept_in_prefix += mask == nullptr ? end - prefix : count_set(mask + prefix, end - prefix);
       prefix = end;
     }
+  }
+
+  template <class P>
+  void make_scale(const P* weight) {
+    scale = times_s(weight, A(1), own_scale_);
   }
 
   // result[i] = s * parameter[i], 0 where dropped, in `own`; the parameter itself where there is nothing to do.
@@ -260,9 +264,9 @@ void statistics(Row<T, A>* rows, int count, const Features<A>& features, double 
 }
 
 // y[i] = (x[i] - mean) * rstd * scale[i] + shift[i]
-template <bool DROPS, class T, class A>
-void normalise(const Row<T, A> row, const Features<A>& features, const A* shift, T* y, bool stream) {
-  const auto value = [row, scale = features.scale, shift](int64_t i, const auto& at) {
+template <bool DROPS, class T, class A, class P>
+void normalise(const Row<T, A> row, const Features<A>& features, const P* scale, const P* shift, T* y, bool stream) {
+  const auto value = [row, scale, shift](int64_t i, const auto& at) {
     const Vector<A> h = (at.load(row.x, i) - row.mean) * row.rstd;
     return at.kept(h * at.load(scale, i) + at.load(shift, i), i);
   };
@@ -426,6 +430,29 @@ bool is_in_vectors(const DropNormShape& shape, const T* result) {
 
 int64_t rows_of_task(int64_t M) { return std::max<int64_t>(1, kTaskElements / std::max<int64_t>(1, M)); }
 
+// output = the rows of `in`, normalised, times scale plus shift
+template <bool DROPS, class T, class P, class A, class Q>
+void normalise_rows(const DropNormShape& shape, const DropNormInput<T, P>& in, const Features<A>& features,
+                    const Q* scale, const Q* shift, T* output) {
+  const bool large = leaves_cache<T>(shape), stream = large && is_in_vectors(shape, output);
+  parallel_for(shape.N, rows_of_task(shape.M), [&](int64_t begin, int64_t end) {
+    const int64_t group = rows_of_group(kGroupElements, shape.M);
+    for (int64_t n = begin; n < end; n += group) {
+      Row<T, A> rows[kGroupRows];
+      const int count = int(std::min(group, end - n));
+      for (int i = 0; i < count; ++i) {
+        rows[i].x = in.input + (n + i) * in.row_stride;
+        rows[i].next_x = large ? rows[i].x + group * in.row_stride : nullptr;
+      }
+      statistics<DROPS>(rows, count, features, shape.eps);
+      for (int i = 0; i < count; ++i) {
+        normalise<DROPS>(rows[i], features, scale, shift, output + (n + i) * shape.M, stream);
+      }
+    }
+    write_streams();
+  });
+}
+
 // result[i] = s * (partial[0, i] + partial[1, i] + ...), in this order, of rows that are `stride` apart.
 template <class P, class A>
 void sum_rows(const A* partial, int64_t rows, int64_t stride, A s, P* result, int64_t begin, int64_t end) {
@@ -458,28 +485,16 @@ struct CpuDropNorm : CpuKernels {
   template <class T, class P>
   void forward(const DropNormShape& shape, const DropNormInput<T, P>& in, T* output) const {
     using A = Accumulate<T>;
-    const Features<A> features(shape, in);
+    Features<A> features(shape, in);
+    // One row reads each parameter once, and converts it there; for more rows they are converted before.
+    if (shape.N == 1 && in.keep == nullptr && in.weight != nullptr && in.bias != nullptr) {
+      return normalise_rows<false>(shape, in, features, in.weight, in.bias, output);
+    }
+    features.make_scale(in.weight);
     std::optional<Scratch<A>> own_shift;
     const A* shift = features.times_s(in.bias, A(0), own_shift);
-    const bool large = leaves_cache<T>(shape), stream = large && is_in_vectors(shape, output);
-    with_bool(in.keep != nullptr, [&](auto drops) {
-      parallel_for(shape.N, rows_of_task(shape.M), [&](int64_t begin, int64_t end) {
-        const int64_t group = rows_of_group(kGroupElements, shape.M);
-        for (int64_t n = begin; n < end; n += group) {
-          Row<T, A> rows[kGroupRows];
-          const int count = int(std::min(group, end - n));
-          for (int i = 0; i < count; ++i) {
-            rows[i].x = in.input + (n + i) * in.row_stride;
-            rows[i].next_x = large ? rows[i].x + group * in.row_stride : nullptr;
-          }
-          statistics<drops>(rows, count, features, shape.eps);
-          for (int i = 0; i < count; ++i) {
-            normalise<drops>(rows[i], features, shift, output + (n + i) * shape.M, stream);
-          }
-        }
-        write_streams();
-      });
-    });
+    with_bool(in.keep != nullptr,
+              [&](auto drops) { normalise_rows<drops>(shape, in, features, features.scale, shift, output); });
   }
 
   // grad_input, grad_weight and grad_bias may be null: not wanted.
@@ -487,7 +502,8 @@ struct CpuDropNorm : CpuKernels {
   void backward(const DropNormShape& shape, const DropNormInput<T, P>& in, const T* grad, int64_t grad_row_stride,
                 T* grad_input, P* grad_weight, P* grad_bias) const {
     using A = Accumulate<T>;
-    const Features<A> features(shape, in);
+    Features<A> features(shape, in);
+    features.make_scale(in.weight);
     const int64_t N = shape.N, M = shape.M;
     const bool stream = leaves_cache<T>(shape) && is_in_vectors(shape, grad_input);
     const int64_t stretches = std::clamp<int64_t>(std::min(N / kGroupRows, N * M / kTaskElements), 1, kMostStretches);

@@ -143,6 +143,8 @@ typedef uint16_t Patterns __attribute__((vector_size(kVectorBytes / 2)));
 inline Vector<float> widen(Patterns patterns, BFloat16) {
 #if defined(__AVX512F__)  // GCC 12 widens halves and puts them together
   return (Vector<float>)_mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)patterns), 16);
+#elif defined(__AVX2__)
+  return (Vector<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)patterns), 16);
 #else
   return (Vector<float>)(__builtin_convertvector(patterns, Vector<uint32_t>) << 16);
 #endif
@@ -159,6 +161,14 @@ inline Patterns narrow(Vector<float> vector, BFloat16) {  // lane by lane as sto
   sum = _mm512_mask_add_epi32(sum, odd, sum, _mm512_set1_epi32(1));
   sum = _mm512_mask_or_epi32(sum, is_nan, pattern, _mm512_set1_epi32(0x400000));
   return __builtin_convertvector((Vector<uint32_t>)sum >> 16, Patterns);
+#elif defined(__AVX2__)
+  const __m256i pattern = (__m256i)vector, one = _mm256_set1_epi32(1);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(pattern, 16), one);
+  const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(pattern, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256i nan = _mm256_or_si256(pattern, _mm256_set1_epi32(0x400000));
+  const __m256 is_nan = _mm256_cmp_ps((__m256)vector, (__m256)vector, _CMP_UNORD_Q);
+  const __m256i upper = _mm256_srli_epi32((__m256i)_mm256_blendv_ps((__m256)sum, (__m256)nan, is_nan), 16);
+  return (Patterns)_mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1));
 #else
   const Vector<uint32_t> bits = (Vector<uint32_t>)vector;
   const Vector<uint32_t> rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
