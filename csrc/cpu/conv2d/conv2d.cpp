@@ -65,16 +65,20 @@ bool winograd_pays(const Conv2dShape& shape, Pass pass) {
 // Where output channels or input channels as vectors would be mostly padding. Measured, as the constants: where the
 // strategy has to transpose its output, for channels_last, `direct` is faster as soon as output channels fill a vector,
 // and with several input channels; so it is for grad_weight. In planes, 8 channels pay, or 16 in and out, where rows
-// leave hardly a lane empty; and pairs of rows where output channels leave a quarter of their vectors empty. Without a
-// loop of their own, sums of a kernel's rows do not fit 16 registers. grad_weight has a vector of sums for each weight,
-// and they come from cache and go there for each block of rows.
+// leave hardly a lane empty; and pairs of rows where output channels leave a quarter of their vectors empty.
+// grad_weight has a vector of sums for each weight, and they come from cache and go there for each block of rows.
+//
+// 16 registers hold too few sums beside a kernel's rows: only loops of their own pay, and where channels fill vectors
+// neither kernels of 5 rows, nor several input channels of a plane, nor, for many output channels, rows taken apart.
 bool small_channels_pay(const Conv2dShape& shape, Pass pass, bool channels_last) {
   constexpr int64_t kFew = 4, kMore = 8, kMost = SmallChannels::kMostChannels, kFewTaps = 100, kFewColumns = 16;
-  constexpr int64_t kManyPixels = 512, L = kLanes<float>;
+  constexpr int64_t kManyPixels = 512, kManyVectors = 4, L = kLanes<float>;
+  constexpr bool kFewRegisters = kVectorRegisters < 32;
   const int64_t C = shape.C / shape.G, K = shape.K / shape.G;
   if (!SmallChannels::can(shape)) return false;
   if (pass == Pass::kGradWeight) {
     if (channels_last || shape.Q < kFewColumns || C * shape.R * shape.S > kFewTaps) return false;
+    if (kFewRegisters && K > L && (shape.R > 3 || shape.stride_w > 1)) return false;
     return C <= kFew || (C <= kMore && K <= L);
   }
   if (shape.G > 1) return std::max(C, K) < L;
@@ -84,12 +88,16 @@ bool small_channels_pay(const Conv2dShape& shape, Pass pass, bool channels_last)
     return fills && many_pixels && !channels_last && SmallChannels::knows_rows(shape);
   };
   if (pass == Pass::kGradInput) {
-    return C <= std::max<int64_t>(kFew, L * 2 / 3) || (K <= kMost && planes_fill_lanes(shape.W));
+    return C <= std::max<int64_t>(kFew, L * 2 / 3) || (!kFewRegisters && K <= kMost && planes_fill_lanes(shape.W));
   }
   if (channels_last) return C == 1 && K < L;
-  if (C <= kFew && (kVectorRegisters == 32 || SmallChannels::knows_rows(shape))) return true;
-  if ((C <= kMore || K <= kMost) && planes_fill_lanes(shape.Q)) return true;
-  return 4 * K <= 3 * ceil_div(K, L) * L && SmallChannels::pairs_rows(shape);
+  const bool fills_vectors = 4 * K > 3 * ceil_div(K, L) * L;
+  if (kFewRegisters && fills_vectors) {
+    if ((shape.R > 3 && C > 1) || (shape.stride_w > 1 && K >= kManyVectors * L)) return false;
+  }
+  if (C <= kFew && (!kFewRegisters || SmallChannels::knows_rows(shape))) return true;
+  if ((!kFewRegisters || K <= L) && (C <= kMore || K <= kMost) && planes_fill_lanes(shape.Q)) return true;
+  return !fills_vectors && SmallChannels::pairs_rows(shape);
 }
 
 // Where each weight is used so few times that packing it costs more. Measured, as the constants: the gradients pay for
