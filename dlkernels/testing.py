@@ -362,6 +362,7 @@ _DROP_NORM_CASES = (
     *(DropNormCase(f"width_{M}_no_mask", (1 + min(2000 // M, 99),), (M,), eps=1e-2) for M in (1, 3, 17, 100, 1000)),
     # rows that leave tails in what works on several at once
     DropNormCase("one_row", (1,), (50,), 25),
+    DropNormCase("one_row_no_mask", (1,), (50,)),
     DropNormCase("3_rows", (3,), (50,), 25),
     DropNormCase("1027_rows", (1027,), (5,), 2, eps=0.1),
     # nothing at all

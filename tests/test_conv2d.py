@@ -205,6 +205,17 @@ def test_1x1_is_a_matrix_product():
     torch.testing.assert_close(dlkernels.conv2d(x, w), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_16_bit_number_is_read_and_rounded_as_torch_does(dtype):
+    """One channel of 1 x 1: each number of the output is one product, exact in float32 and rounded once."""
+    patterns = torch.arange(-(2**15), 2**15).short().view(dtype)
+    factors = torch.tensor([1.0, -1.5, 1.0078125, 3.0, 1 / 3]).to(dtype)
+    output = dlkernels.conv2d(patterns.view(1, 1, 256, 256), factors.view(-1, 1, 1, 1))
+    expected = (patterns.float() * factors.float()[:, None]).to(dtype)
+    subnormal = 3 * torch.finfo(torch.float32).smallest_normal  # times a factor; the kernels take such floats for 0
+    torch.testing.assert_close(output.view(5, -1), expected, rtol=0, atol=subnormal, equal_nan=True)
+
+
 VIEWS_OF_GRADIENTS = {
     "nchw": lambda grad: grad.contiguous(),
     "channels_last": lambda grad: grad.contiguous(memory_format=torch.channels_last),

@@ -45,6 +45,8 @@ void with_strategy(Strategy strategy, const Run& run) {
 
 enum class Pass { kForward, kGradInput, kGradWeight };
 
+constexpr bool kFewRegisters = kVectorRegisters < 32;
+
 // In multiply-adds for each pair of channels: 16 for a tile and a fifth more for its transforms, which many channels
 // share, and what transforming a kernel costs more than packing it. Few channels share too little: 16 in and out, which
 // leave no lane of `direct` empty, are faster there. Measured, as the constants.
@@ -52,7 +54,7 @@ bool winograd_pays(const Conv2dShape& shape, Pass pass) {
   constexpr int64_t kKernelCost = 136, kFewProducts = 16 * 16, kManyProducts = 256 * 256;
   constexpr int64_t kManyProductsTiles = 32;
   const bool grad_weight = pass == Pass::kGradWeight;
-  const int64_t least_channels = grad_weight ? 8 : kVectorRegisters == 32 ? 16 : 24;
+  const int64_t least_channels = grad_weight ? 8 : kFewRegisters ? 24 : 16;
   const int64_t tiles = shape.N * ceil_div(shape.P, 2) * ceil_div(shape.Q, 2), pixels = shape.N * shape.P * shape.Q;
   const int64_t C = shape.C / shape.G, K = shape.K / shape.G;
   if (!Winograd::can(shape) || std::min(C, K) < least_channels) return false;
@@ -68,12 +70,13 @@ bool winograd_pays(const Conv2dShape& shape, Pass pass) {
 // leave hardly a lane empty; and pairs of rows where output channels leave a quarter of their vectors empty.
 // grad_weight has a vector of sums for each weight, and they come from cache and go there for each block of rows.
 //
-// 16 registers hold too few sums beside a kernel's rows: only loops of their own pay, and where channels fill vectors
-// neither kernels of 5 rows, nor several input channels of a plane, nor, for many output channels, rows taken apart.
+// 16 registers hold few sums beside a kernel's rows, and `direct` is faster sooner: where there is no loop for the
+// rows; for more output channels than fill a vector, with 5 input channels or more, and for grad_weight with kernels of
+// 4 rows or more or a stride; where output channels fill their vectors, for such kernels on several input channels, and
+// for a stride on many output channels.
 bool small_channels_pay(const Conv2dShape& shape, Pass pass, bool channels_last) {
   constexpr int64_t kFew = 4, kMore = 8, kMost = SmallChannels::kMostChannels, kFewTaps = 100, kFewColumns = 16;
   constexpr int64_t kManyPixels = 512, kManyVectors = 4, L = kLanes<float>;
-  constexpr bool kFewRegisters = kVectorRegisters < 32;
   const int64_t C = shape.C / shape.G, K = shape.K / shape.G;
   if (!SmallChannels::can(shape)) return false;
   if (pass == Pass::kGradWeight) {
@@ -108,7 +111,7 @@ bool pointwise_pays(const Conv2dShape& shape, Pass pass, bool channels_last) {
   if (!Pointwise::can(shape)) return false;
   if (!channels_last) return true;
   const bool few_pixels = shape.N * shape.P * shape.Q <= kFewPixels && shape.C < kManyChannels;
-  return kVectorRegisters < 32 && pass == Pass::kForward && shape.G == 1 && few_pixels;
+  return kFewRegisters && pass == Pass::kForward && shape.G == 1 && few_pixels;
 }
 
 // Where each weight is used so few times that packing it costs more. Measured, as the constants: the gradients pay for

@@ -23,17 +23,19 @@ namespace {
 
 // columns[d][lane] = pixel panel.first + lane of channel d, 0 for the padding; columns (D, panel.width)
 //
-// Each channel's pixels lie on a page of their own, and the processor foresees none of them: the next panel's are asked
-// for while this one's are at hand, and arrive while it is multiplied.
+// In planes each channel's pixels lie on a page of their own, and the processor foresees none of them: the next
+// panel's, which lie behind this one's, are asked for here, and arrive while this one is multiplied.
 template <class T>
 void pack_pixels(const Pixels<const T>& pixels, int64_t channel, int64_t D, const Panel& panel, T* columns) {
   constexpr int64_t kLine = 64 / sizeof(T);
   if (panel.count < panel.width) std::fill_n(columns, D * panel.width, T(0));
   if (D == 0) return;  // there is no memory to point into
   pixels.for_each_run(panel.first, panel.count, [&](const T* first, int64_t lane, int64_t length) {
+    const bool next_lies_behind = pixels.stride_w() == 1 && lane + length == panel.count;
+    const int64_t fetched = next_lies_behind ? panel.width : 0;
     for (int64_t d = 0; d < D; ++d) {
       const T* from = first + (channel + d) * pixels.image.stride_c;
-      for (int64_t i = 0; i < panel.width; i += kLine) __builtin_prefetch(from + panel.width + i, 0, 2);
+      for (int64_t i = 0; i < fetched; i += kLine) __builtin_prefetch(from + length + i, 0, 2);
       copy_pixels(from, pixels.stride_w(), 1, length, 1, columns + d * panel.width + lane, 1);
     }
   });
