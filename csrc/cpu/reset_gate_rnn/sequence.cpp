@@ -26,7 +26,6 @@ constexpr int64_t kTaskWork = 1 << 17;       // multiply-adds, 2.4 us, below whi
 constexpr int64_t kMoveWork = 16;            // multiply-adds in the time in which a number is moved
 constexpr int64_t kStepWork = 1 << 15;       // multiply-adds between two meetings of threads that share a step
 constexpr int64_t kSharedWork = 1 << 21;     // multiply-adds of all steps, 20 us, that pay for the first meeting
-constexpr int64_t kCacheBytes = 1 << 20;     // of weights that stay in a core's cache from step to step
 constexpr int64_t kLeastSlice = 2;           // sequences of a slice: a weight must serve two once it is loaded
 constexpr int64_t kBlockRows = 128;          // rows of x, or of u, multiplied at once
 constexpr int64_t kChunkElements = 1 << 20;  // gates of a chunk of steps: 4 MiB, the workspace's bound
@@ -69,7 +68,14 @@ class Chunk {
   Ints first_;
 };
 
-int64_t padded(int64_t count, int64_t lanes) { return ceil_div(count, lanes) * lanes; }
+// `count` filled up to whole vectors, and by one line more where rows of that length would lie a multiple of 1 KiB
+// apart: those of a tile would compete for a few sets of the first cache (1 to 3 % of the time).
+template <class A>
+int64_t padded(int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(A), kSameSet = 1024 / sizeof(A);
+  const int64_t width = ceil_div(count, kLanes<A>) * kLanes<A>;
+  return width % kSameSet == 0 ? width + kLine : width;
+}
 
 // Steps of a chunk whose rows have `width` elements each.
 int64_t steps_of_chunk(const ResetGateRnnShape& shape, int64_t width) {
@@ -92,7 +98,7 @@ struct Plan {
   // `threads` decides on speed alone: sums do not depend on how the work is cut.
   Plan(const ResetGateRnnShape& shape, int64_t element_size) {
     const int64_t threads = thread_count(), weights = 2 * shape.H * shape.H, step = shape.B * weights;
-    const bool large = weights * element_size > kCacheBytes, narrow = shape.B < kLeastSlice * threads;
+    const bool large = weights * element_size > kCoreCacheBytes, narrow = shape.B < kLeastSlice * threads;
     const int64_t meetings = shape.reset == Reset::before ? 2 : 1;  // a step, for its phases
     by_columns = threads > 1 && step >= meetings * kStepWork && shape.T * step >= kSharedWork && (large || narrow);
     sharing = by_columns ? threads : 1;
@@ -227,7 +233,7 @@ class Forward {
         in_(in),
         result_(result),
         plan_(shape, sizeof(A)),
-        Hp_(padded(shape.H, L)),
+        Hp_(padded<A>(shape.H)),
         ih_(in.weight_ih, shape.H, shape.I, kTileVectors),
         hh_(in.weight_hh, shape.H, shape.H, plan_.most_vectors, plan_.sharing,
             plan_.few_rows && shape.reset != Reset::before),
@@ -292,15 +298,15 @@ class Forward {
 
     // gates[row] = [a_r | a_n] for the rows [begin, end)
     void multiply_input(int64_t begin, int64_t end) {
-      const int64_t I = f.shape_.I, Hp = f.Hp_;
-      Scratch<A> x(std::min(kBlockRows, end - begin) * I);
+      const int64_t I = f.shape_.I, Ip = padded<A>(I), Hp = f.Hp_;
+      Scratch<A> x(std::min(kBlockRows, end - begin) * Ip);
       for (int64_t first = begin; first < end; first += kBlockRows) {
         const int64_t count = std::min(kBlockRows, end - first);
         chunk.for_rows(first, first + count, [&](int64_t row, int64_t t, int64_t b) {
-          convert_row(f.in_.input.row(t, b), I, x.data() + (row - first) * I);
+          convert_row(f.in_.input.row(t, b), I, x.data() + (row - first) * Ip);
         });
         A* sums = gates.data() + first * 2 * Hp;
-        const RowMajor<A> rows{x.data(), I};
+        const RowMajor<A> rows{x.data(), Ip};
         for (int64_t block = 0; block < f.ih_.count(); ++block) {
           const int64_t j = f.ih_.first_column(block);
           f.ih_.multiply(block, count, rows, f.bias_.data() + j, sums + j, 2 * Hp, Hp);
@@ -440,7 +446,7 @@ class Forward {
   const ResetGateRnnInput<T>& in_;
   const ResetGateRnnResult<T>& result_;
   const Plan plan_;
-  const int64_t Hp_;  // H filled up to whole vectors
+  const int64_t Hp_;  // H padded
   GatePanels<A> ih_, hh_;
   Scratch<A> bias_;            // (2 Hp): of a_r and a_n
   Scratch<A> recurrent_bias_;  // (2 Hp): what the rows of recurrent_ begin from
@@ -463,8 +469,8 @@ class Backward {
         grad_(grad),
         wanted_(wanted),
         plan_(shape, sizeof(A)),
-        Hp_(padded(shape.H, L)),
-        Ip_(padded(shape.I, L)),
+        Hp_(padded<A>(shape.H)),
+        Ip_(padded<A>(shape.I)),
         width_((shape.reset == Reset::after ? 3 : 2) * Hp_),
         hh_(in.weight_hh, shape.H, shape.H, plan_.most_vectors, plan_.sharing),
         dh_(shape.B * Hp_),
@@ -515,7 +521,7 @@ class Backward {
         : wanted(wanted),
           rows(rows),
           columns(columns),
-          stride(padded(columns, L)),
+          stride(ceil_div(columns, L) * L),
           in_place(std::is_same_v<T, A> && columns == stride),
           own(wanted == nullptr || in_place ? 0 : rows * stride) {}
     A* data() {
@@ -724,7 +730,13 @@ class Backward {
             const int64_t m = i % tiles * kTileRows, count = std::min<int64_t>(kTileRows, H - m);
             const A* from = u.data() + first * f.width_ + parts[i / tiles] + m;
             A* to = left.data() + (i - begin) * kProductRows * kTileRows;
-            for (int64_t l = 0; l < depth; ++l, from += f.width_, to += kTileRows) std::copy_n(from, count, to);
+            for (int64_t l = 0; l < depth; ++l, from += f.width_, to += kTileRows) {
+              if (count == kTileRows) {
+                std::copy_n(from, kTileRows, to);  // of known size: a move, not a call
+              } else {
+                std::copy_n(from, count, to);
+              }
+            }
           }
           for (int64_t p = 0; p < panels.count(); ++p) {
             for (int64_t i = begin; i < end; ++i) {
@@ -788,7 +800,7 @@ class Backward {
   const ResetGateRnnGrad<T>& grad_;
   const ResetGateRnnGradients<T>& wanted_;
   const Plan plan_;
-  const int64_t Hp_, Ip_;  // H and I filled up to whole vectors
+  const int64_t Hp_, Ip_;  // H and I padded
   const int64_t width_;    // of a row of u
   RowPanels<A> hh_;
   std::optional<RowPanels<A>> ih_;
