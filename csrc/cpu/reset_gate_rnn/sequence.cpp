@@ -28,7 +28,9 @@ constexpr int64_t kStepWork = 1 << 15;       // multiply-adds between two meetin
 constexpr int64_t kSharedWork = 1 << 21;     // multiply-adds of all steps, 20 us, that pay for the first meeting
 constexpr int64_t kLeastSlice = 2;           // sequences of a slice: a weight must serve two once it is loaded
 constexpr int64_t kBlockRows = 128;          // rows of x, or of u, multiplied at once
-constexpr int64_t kChunkElements = 1 << 20;  // gates of a chunk of steps: 4 MiB, the workspace's bound
+constexpr int64_t kGateElements = 1 << 16;   // of a chunk of steps, for each thread: they stay in its second cache
+constexpr int64_t kChunkWork = 1 << 26;      // multiply-adds of each product of a chunk, that pay for its meetings
+constexpr int64_t kChunkElements = 1 << 20;  // gradients of gates of a chunk: 4 MiB, the workspace's bound
 constexpr int64_t kProductRows = 256;        // of a weight's gradient, summed before memory is touched
 constexpr int64_t kBiasRows = 128;           // summed before their sum goes on: long sums are made of short ones
 
@@ -77,9 +79,9 @@ int64_t padded(int64_t count) {
   return width % kSameSet == 0 ? width + kLine : width;
 }
 
-// Steps of a chunk whose rows have `width` elements each.
-int64_t steps_of_chunk(const ResetGateRnnShape& shape, int64_t width) {
-  return std::clamp<int64_t>(kChunkElements / std::max<int64_t>(1, shape.B * width), 1, std::max<int64_t>(1, shape.T));
+// Steps of a chunk of so many rows.
+int64_t steps_of_chunk(const ResetGateRnnShape& shape, int64_t rows) {
+  return std::clamp<int64_t>(ceil_div(rows, std::max<int64_t>(1, shape.B)), 1, std::max<int64_t>(1, shape.T));
 }
 
 int64_t grain_of(int64_t work) { return std::max<int64_t>(1, kTaskWork / std::max<int64_t>(1, work)); }
@@ -265,8 +267,9 @@ class Forward {
 
   void run() {
     const bool one_slice = plan_.slices.size() == 2;
+    const int64_t rows = thread_count() * kGateElements / std::max<int64_t>(1, 2 * Hp_);
+    const int64_t length = steps_of_chunk(shape_, std::max(kBlockRows, rows));
     for_slices(plan_.slices, [&](int64_t b_begin, int64_t b_end) {
-      const int64_t length = steps_of_chunk(shape_, 2 * Hp_);
       for (int64_t s = 0; s < shape_.T; s += length) {
         Part part(*this, s, std::min(shape_.T, s + length), b_begin, b_end);
         const int64_t grain = std::max(kBlockRows / 4, grain_of(2 * shape_.I * shape_.H));
@@ -390,9 +393,22 @@ class Forward {
       Vector<A> n(int64_t b, int64_t j) const { return load_vector(rows + b * stride + width + j); }
     };
 
+    // Asks for the block's sums of step s: they come while h' is multiplied.
+    void fetch_sums(int64_t s, int64_t block, int64_t count) {
+      const int64_t first = f.hh_.first_column(block), end = f.hh_.end_column(block);
+      for (int64_t b = 0; b < count; ++b) {
+        const A* sums = sums_of(s) + b * 2 * f.Hp_;
+        for (int64_t j = first; j < end; j += L) {
+          __builtin_prefetch(sums + j, 0, 2);
+          __builtin_prefetch(sums + f.Hp_ + j, 0, 2);
+        }
+      }
+    }
+
     Recurrent multiply_state(int64_t s, int64_t block, int64_t count) {
       const int64_t Hp = f.Hp_, first = f.hh_.first_column(block), width = f.hh_.end_column(block) - first;
       A* rows = f.recurrent_.data() + b_begin * 2 * Hp + 2 * first;
+      fetch_sums(s, block, count);
       f.hh_.multiply(block, count, h_before(s), f.recurrent_bias_.data() + 2 * first, rows, 2 * Hp, width);
       return {rows - first, width, 2 * Hp};
     }
@@ -413,6 +429,7 @@ class Forward {
       const int64_t Hp = f.Hp_;
       A* q = rows_of(f.recurrent_);
       const RowMajor<A> h = h_before(s);
+      fetch_sums(s, block, count);
       f.hh_.add_r(block, count, h, sums_of(s) + f.hh_.first_column(block), 2 * Hp);
       for_vectors(s, block, count, [=](const Row& row, int64_t j, int64_t columns) {
         const Vector<A> r = sigmoid<A>(row.a_r(j));
@@ -487,7 +504,10 @@ class Backward {
   }
 
   void run() {
-    const int64_t length = steps_of_chunk(shape_, width_);
+    const int64_t work = shape_.H * (shape_.H + shape_.I);  // a row's, in each product
+    const int64_t rows =
+        std::min(kChunkWork / std::max<int64_t>(1, work), kChunkElements / std::max<int64_t>(1, width_));
+    const int64_t length = steps_of_chunk(shape_, std::max(kProductRows, rows));
     for (int64_t end = shape_.T; end > 0; end -= std::min(end, length)) {
       Part part(*this, std::max<int64_t>(0, end - length), end);
       part.walk();
