@@ -7,6 +7,7 @@
 #include "../parallel.h"
 #include "../pool.h"
 #include "../simd.h"
+#include "across_images.h"
 #include "depthwise.h"
 #include "direct.h"
 #include "panels.h"
@@ -19,7 +20,7 @@ namespace dlkernels {
 namespace {
 
 // In the order that `conv2d_by` counts them in.
-enum class Strategy { kDirect, kPointwise, kDepthwise, kWinograd, kSmallChannels, kUnfold, kCount };
+enum class Strategy { kDirect, kPointwise, kDepthwise, kWinograd, kSmallChannels, kUnfold, kAcrossImages, kCount };
 
 // The strategy that conv2d_by asks for, on this thread while it runs.
 thread_local Strategy forced = Strategy::kCount;
@@ -40,6 +41,8 @@ void with_strategy(Strategy strategy, const Run& run) {
       return run(SmallChannels{});
     case Strategy::kUnfold:
       return run(Unfold{});
+    case Strategy::kAcrossImages:
+      return run(AcrossImages{});
   }
 }
 
