@@ -120,7 +120,15 @@ def test_backend_asks_for_torch_only_where_there_is_none(monkeypatch, found, tor
             "conv2d",
             [
                 f"conv2d/{strategy}.cpp"
-                for strategy in ("direct", "pointwise", "depthwise", "winograd", "small_channels", "unfold")
+                for strategy in (
+                    "direct",
+                    "pointwise",
+                    "depthwise",
+                    "winograd",
+                    "small_channels",
+                    "unfold",
+                    "across_images",
+                )
             ],
         ),
         ("reset_gate_rnn", ["reset_gate_rnn/sequence.cpp"]),

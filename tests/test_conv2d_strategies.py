@@ -22,6 +22,7 @@ STRATEGIES = (
     "winograd",
     "small_channels",
     "unfold",
+    "across_images",
 )
 
 
@@ -116,6 +117,29 @@ def pointwise_cases():
     yield "stride_3_leaves_pixels", (2, 6, 9, 11), 8, 3, 1
     yield "groups", (2, 12, 6, 11), 20, 1, 4
     yield "no_images", (0, 12, 6, 11), 20, 1, 1
+
+
+def across_images_cases():
+    """Around a vector of images (4, 8 or 16), its tiles of 4 or 6 channels and 3 or 4 pixels, and blocks of terms."""
+    for images in (1, 3, 4, 7, 8, 15, 16, 17, 33):
+        yield f"{images}_images", (images, 5, 6, 7), (7, 3, 3), (1, 1, 1, 1), (1, 1)
+    for width in (1, 2, 3, 4, 5, 11, 17):
+        yield f"5x{width}", (5, 3, 5, width), (4, 3, 3), (1, 1, 1, 1), (1, 1)
+    for channels in (1, 2, 3, 4, 5, 9, 20, 64):
+        yield f"{channels}_channels", (5, channels, 4, 6), (7, 3, 3), (1, 1, 1, 1), (1, 1)
+        yield f"{channels}_channels_out", (5, 6, 4, 6), (channels, 3, 2), (1, 0, 0, 1), (1, 1)
+    yield "no_padding", (18, 10, 12, 12), (20, 5, 5), (0, 0, 0, 0), (1, 1)
+    yield "more_pixels_than_summed_at_a_time", (4, 2, 20, 17), (5, 3, 3), (1, 1, 1, 1), (1, 1)
+    yield "more_padding_than_kernel", (5, 5, 3, 4), (6, 3, 3), (4, 5, 7, 3), (1, 1)
+    yield "more_padding_than_a_small_kernel", (5, 2, 3, 4), (3, 1, 2), (2, 2, 3, 3), (1, 1)
+    yield "only_after", (5, 4, 8, 9), (3, 3, 3), (0, 2, 0, 2), (1, 1)
+    yield "only_before", (5, 4, 8, 9), (3, 3, 3), (2, 0, 2, 0), (1, 1)
+    yield "dilation_2", (5, 17, 9, 8), (6, 3, 3), (2, 2, 2, 2), (2, 2)
+    yield "dilation_wider_than_the_image", (5, 3, 4, 4), (6, 3, 3), (5, 5, 5, 5), (5, 5)
+    yield "1x1", (9, 6, 5, 5), (7, 1, 1), (0, 0, 0, 0), (1, 1)
+    yield "7x7", (5, 30, 7, 7), (8, 7, 7), (3, 3, 3, 3), (1, 1)
+    yield "1x7", (5, 4, 2, 20), (3, 1, 7), (0, 0, 3, 3), (1, 1)
+    yield "kernel_is_the_input", (5, 20, 6, 17), (9, 6, 17), (0, 0, 0, 0), (1, 1)
 
 
 def unfold_cases():
@@ -223,13 +247,20 @@ STRATEGY_CASES += [
     StrategyCase("small_channels", name, input, (K, input[1] // groups, 3, 3), (step, step), (1,) * 4, (1, 1), groups)
     for name, input, K, groups, step in small_groups_cases()
 ]
-STRATEGY_CASES += [
-    StrategyCase("unfold", name, input, (K, input[1] // groups, *kernel), stride, padding, dilation, groups)
-    for name, input, (K, *kernel), stride, padding, dilation, groups in unfold_cases()
-] + [
-    StrategyCase("direct", name, input, (K, input[1], *kernel), stride, padding, dilation, 1)
-    for name, input, K, kernel, stride, padding, dilation in direct_cases()
-]
+STRATEGY_CASES += (
+    [
+        StrategyCase("unfold", name, input, (K, input[1] // groups, *kernel), stride, padding, dilation, groups)
+        for name, input, (K, *kernel), stride, padding, dilation, groups in unfold_cases()
+    ]
+    + [
+        StrategyCase("across_images", name, input, (K, input[1], *kernel), (1, 1), padding, dilation, 1)
+        for name, input, (K, *kernel), padding, dilation in across_images_cases()
+    ]
+    + [
+        StrategyCase("direct", name, input, (K, input[1], *kernel), stride, padding, dilation, 1)
+        for name, input, K, kernel, stride, padding, dilation in direct_cases()
+    ]
+)
 each_strategy_case = pytest.mark.parametrize("case", STRATEGY_CASES, ids=lambda case: f"{case.strategy}-{case.name}")
 
 
@@ -258,7 +289,7 @@ def test_strategy_is_accurate(case, memory_format):
 
 @pytest.mark.parametrize("argument", ["input", "weight", "bias", "grad", "all"])
 @pytest.mark.parametrize("view", VIEWS_OF_IMAGES)
-@pytest.mark.parametrize("name", ["9x15", "8x16_stride_2", "dilation_2_stride_2"])
+@pytest.mark.parametrize("name", ["9x15", "8x16_stride_2", "dilation_2_stride_2", "17_images"])
 def test_strategy_takes_any_strides(name, view, argument):
     for case in (case for case in STRATEGY_CASES if case.name == name):
         tensors = dict(
@@ -308,6 +339,14 @@ def test_small_channels_refuses_groups_of_many_channels(channels, groups):
     number = STRATEGIES.index("small_channels")
     with pytest.raises(RuntimeError, match="strategy cannot do this shape"):
         torch.ops.dlkernels.conv2d_by(number, input, weight, None, (1, 1), (1,) * 4, (1, 1), groups)
+
+
+@pytest.mark.parametrize(("stride", "groups", "channels"), [(2, 1, 4), (1, 2, 4), (1, 1, 65)])
+def test_across_images_refuses_strides_groups_and_many_channels(stride, groups, channels):
+    input, weight = torch.randn(4, channels, 6, 6), torch.randn(4, channels // groups, 3, 3)
+    number = STRATEGIES.index("across_images")
+    with pytest.raises(RuntimeError, match="strategy cannot do this shape"):
+        torch.ops.dlkernels.conv2d_by(number, input, weight, None, (stride, stride), (1,) * 4, (1, 1), groups)
 
 
 def test_small_channels_takes_no_channels():

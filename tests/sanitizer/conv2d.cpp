@@ -1,10 +1,12 @@
 // Runs conv2d's CPU kernels on random shapes, layouts and small integers, in buffers of the exact size, and compares
 // them with the sums of csrc/conv2d.h. Built with the address and undefined-behaviour, or the thread sanitizer.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
 #include <vector>
 
+#include "../../csrc/cpu/conv2d/across_images.h"
 #include "../../csrc/cpu/conv2d/depthwise.h"
 #include "../../csrc/cpu/conv2d/direct.h"
 #include "../../csrc/cpu/conv2d/pointwise.h"
@@ -148,7 +150,8 @@ int main() {
   check_empty_shapes<Winograd>();
   check_empty_shapes<SmallChannels>();
   check_empty_shapes<Unfold>();
-  int direct = 0, pointwise = 0, depthwise = 0, winograd = 0, small_channels = 0, unfold = 0;
+  check_empty_shapes<AcrossImages>();
+  int direct = 0, pointwise = 0, depthwise = 0, winograd = 0, small_channels = 0, unfold = 0, across_images = 0;
   for (int round = 0; round < 120; ++round) {
     direct += check<Direct, double>(random_shape()) + check<Direct, float>(random_shape());
     pointwise += check<Pointwise, float>(random_shape());
@@ -156,11 +159,12 @@ int main() {
     winograd += check<Winograd, float>(random_shape());
     small_channels += check<SmallChannels, float>(random_shape());
     unfold += check<Unfold, float>(random_shape());
+    across_images += check<AcrossImages, float>(random_shape());
   }
   std::printf(
       "conv2d: right for so many random shapes: direct %d, pointwise %d, depthwise %d, winograd %d, small_channels %d, "
-      "unfold "
-      "%d\n",
-      direct, pointwise, depthwise, winograd, small_channels, unfold);
-  return direct > 0 && pointwise > 0 && depthwise > 0 && winograd > 0 && small_channels > 0 && unfold > 0 ? 0 : 1;
+      "unfold %d, across_images %d\n",
+      direct, pointwise, depthwise, winograd, small_channels, unfold, across_images);
+  const auto counts = {direct, pointwise, depthwise, winograd, small_channels, unfold, across_images};
+  return std::all_of(counts.begin(), counts.end(), [](int count) { return count > 0; }) ? 0 : 1;
 }

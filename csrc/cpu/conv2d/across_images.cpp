@@ -439,8 +439,6 @@ void sum_weight(const Conv2dShape& shape, const Strided4d<const T>& grad, const 
 
 // ---- entry points --------------------------------------------------------------------------------
 
-int64_t AcrossImages::lanes() { return kLanes<float>; }
-
 template <class T>
 void AcrossImages::forward(const Conv2dShape& shape, Strided4d<const T> input, Strided4d<const T> weight, const T* bias,
                            int64_t bias_stride, Strided4d<T> output) {

@@ -14,9 +14,6 @@ struct AcrossImages {
            shape.K <= kMostChannels && shape.C * shape.K * shape.N * shape.H * shape.W * shape.P * shape.Q > 0;
   }
 
-  // How many images are computed side by side.
-  static int64_t lanes();
-
   template <class T>
   static void forward(const Conv2dShape& shape, Strided4d<const T> input, Strided4d<const T> weight, const T* bias,
                       int64_t bias_stride, Strided4d<T> output);
